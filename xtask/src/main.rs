@@ -1,0 +1,24 @@
+//! kvmprep's own commands.
+
+mod bed;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Boot real Linux kernels with real KVM under emulation.
+    Bed(bed::Cli),
+}
+
+fn main() -> anyhow::Result<()> {
+    match Cli::parse().command {
+        Command::Bed(cli) => bed::main(cli),
+    }
+}
