@@ -1,6 +1,7 @@
 //! kvmprep's own commands.
 
 mod bed;
+mod setup;
 
 use clap::{Parser, Subcommand};
 
