@@ -11,6 +11,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
+use super::cache::{Cache, Lock};
 use super::mirror::Mirror;
 use super::process::{self, Captured};
 use super::{Unavailable, progress};
@@ -21,15 +22,17 @@ const SUITES: [&str; 6] = ["bookworm", "bookworm-backports", "trixie", "trixie-b
 /// The private apt.
 pub struct Apt {
     dir: PathBuf,
+    _lock: Lock,
     mirror: Mirror,
     /// What the update complained about, once it has run.
     updated: OnceCell<Option<String>>,
 }
 
 impl Apt {
-    /// An apt living in `dir`, fetching from `mirror`.
-    pub fn new(dir: PathBuf, mirror: Mirror) -> Self {
-        Apt { dir, mirror, updated: OnceCell::new() }
+    /// An apt with its lists in `cache`, fetching from `mirror`. There is only one at a time.
+    pub fn new(cache: &Cache, mirror: Mirror) -> Result<Self> {
+        let (dir, lock) = cache.scratch("apt")?;
+        Ok(Apt { dir, _lock: lock, mirror, updated: OnceCell::new() })
     }
 
     /// Names of the packages in `suites` that match a regular expression.
@@ -108,7 +111,6 @@ impl Apt {
     fn bare_command(&self, tool: &str, suites: &[&str]) -> Result<Command> {
         let view = self.dir.join(suites.join("+"));
         let (sources, configuration) = (view.with_extension("sources"), view.with_extension("conf"));
-        fs::create_dir_all(&self.dir)?;
         fs::write(&sources, source_list(&self.mirror, suites))?;
         fs::write(&configuration, self.configuration(&sources))?;
         let mut command = Command::new(tool);

@@ -1,8 +1,9 @@
 //! Keeps what was fetched or built, outside the project, so that a fresh clone starts warm.
 //!
 //! An entry is a directory that appears whole, by rename, or not at all, and whose contents are checked against
-//! its manifest before every use. One lock lets only one process at a time look at the cache or fill it. It must
-//! never hand out an entry that does not match its manifest or was made by another recipe.
+//! its manifest before every use. Each entry has a lock, so that one process at a time looks at it or makes it, and
+//! nobody waits for an entry that is not his. It must never hand out an entry that does not match its manifest or
+//! was made by another recipe.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -15,7 +16,7 @@ use super::process;
 
 const MANIFEST: &str = "SHA256SUMS";
 const RECIPE: &str = "recipe";
-const UNFINISHED: &str = ".unfinished-";
+const UNFINISHED: &str = "unfinished-";
 
 /// The cache.
 pub struct Cache {
@@ -39,14 +40,17 @@ impl Cache {
         Ok(Cache { root })
     }
 
-    /// A directory in the cache that is not an entry: it may hold anything, and is used under the lock only.
-    pub fn scratch(&self, name: &str) -> PathBuf {
-        self.root.join(name)
+    /// A directory that is not an entry and may hold anything, for as long as the lock is kept.
+    pub fn scratch(&self, name: &str) -> Result<(PathBuf, Lock)> {
+        let lock = self.lock(name)?;
+        let path = self.root.join(name);
+        fs::create_dir_all(&path)?;
+        Ok((path, lock))
     }
 
     /// The entry `name` if it is there, whole and of this `recipe`.
     pub fn get(&self, name: &str, recipe: &str) -> Result<Option<PathBuf>> {
-        let _lock = self.lock()?;
+        let _lock = self.lock(name)?;
         Ok(self.whole(name, recipe))
     }
 
@@ -57,20 +61,21 @@ impl Cache {
         recipe: &str,
         make: impl FnOnce(&Path) -> Result<()>,
     ) -> Result<PathBuf> {
-        let _lock = self.lock()?;
+        let _lock = self.lock(name)?;
         if let Some(path) = self.whole(name, recipe) {
             return Ok(path);
         }
-        self.sweep()?;
-        let unfinished = tempfile::Builder::new().prefix(UNFINISHED).tempdir_in(&self.root)?;
-        make(unfinished.path())?;
-        fs::write(unfinished.path().join(RECIPE), recipe)?;
-        write_manifest(unfinished.path())?;
-        let path = self.root.join(name);
-        if path.exists() {
-            fs::remove_dir_all(&path)?;
+        let unfinished = self.root.join(format!("{UNFINISHED}{name}"));
+        // Left by a process that was interrupted: under the lock nobody else can be making this.
+        remove(&unfinished)?;
+        fs::create_dir(&unfinished)?;
+        if let Err(error) = make(&unfinished).and_then(|()| seal(&unfinished, recipe)) {
+            remove(&unfinished)?;
+            return Err(error);
         }
-        fs::rename(unfinished.keep(), &path)?;
+        let path = self.root.join(name);
+        remove(&path)?;
+        fs::rename(&unfinished, &path)?;
         Ok(path)
     }
 
@@ -80,27 +85,34 @@ impl Cache {
         (current && matches_manifest(&path)).then_some(path)
     }
 
-    /// Removes what an interrupted process left. Under the lock nobody else can be making anything.
-    fn sweep(&self) -> Result<()> {
-        for entry in fs::read_dir(&self.root)?.flatten() {
-            if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
-                fs::remove_dir_all(entry.path())?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Held until dropped; the kernel lets go of it for a process that dies.
-    fn lock(&self) -> Result<File> {
-        let path = self.root.join("lock");
+    fn lock(&self, name: &str) -> Result<Lock> {
+        let path = self.root.join(format!("{name}.lock"));
         let file = File::options().create(true).truncate(false).write(true).open(&path)?;
         if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-            eprintln!("bed: waiting for another cargo xtask to finish with {}", self.root.display());
+            eprintln!("bed: waiting for another cargo xtask to finish with {name}");
             flock(&file, FlockOperation::LockExclusive)
                 .with_context(|| format!("cannot lock {}", path.display()))?;
         }
-        Ok(file)
+        Ok(Lock { _file: file })
     }
+}
+
+/// Held until dropped; the kernel lets go of it for a process that dies.
+pub struct Lock {
+    _file: File,
+}
+
+fn remove(dir: &Path) -> Result<()> {
+    match dir.exists() {
+        true => fs::remove_dir_all(dir).with_context(|| format!("cannot remove {}", dir.display())),
+        false => Ok(()),
+    }
+}
+
+/// Makes a finished directory an entry.
+fn seal(entry: &Path, recipe: &str) -> Result<()> {
+    fs::write(entry.join(RECIPE), recipe)?;
+    write_manifest(entry)
 }
 
 /// coreutils does the hashing: these are tens of megabytes, and this program is usually built unoptimised.
@@ -177,6 +189,20 @@ mod tests {
     }
 
     #[test]
+    fn a_lock_is_one_entrys_only() {
+        let (_dir, cache) = cache();
+        cache.get_or_make("a", "r", |_| cache.get_or_make("b", "r", write("b")).map(drop)).unwrap();
+        let (_path, held) = cache.scratch("s").unwrap();
+        let taken = |name: &str| {
+            let file = File::open(cache.root.join(name)).unwrap();
+            flock(&file, FlockOperation::NonBlockingLockExclusive).is_err()
+        };
+        assert!(taken("s.lock") && !taken("a.lock"));
+        drop(held);
+        assert!(!taken("s.lock"));
+    }
+
+    #[test]
     fn a_failure_leaves_no_entry_and_its_remains_are_swept() {
         let (_dir, cache) = cache();
         let failed = cache.get_or_make("e", "r", |dir| {
@@ -185,9 +211,11 @@ mod tests {
         });
         assert!(failed.is_err());
         assert_eq!(cache.get("e", "r").unwrap(), None);
-        let remains = cache.root.join(format!("{UNFINISHED}x"));
+        let remains = cache.root.join(format!("{UNFINISHED}e"));
         fs::create_dir(&remains).unwrap();
-        cache.get_or_make("e", "r", write("whole")).unwrap();
+        fs::write(remains.join("file of an earlier try"), "").unwrap();
+        let path = cache.get_or_make("e", "r", write("whole")).unwrap();
+        assert!(!path.join("file of an earlier try").exists());
         assert!(!remains.exists());
     }
 }

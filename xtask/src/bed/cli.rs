@@ -78,17 +78,17 @@ struct Run {
 /// Carries out a `bed` command.
 pub fn main(cli: Cli) -> Result<()> {
     let bed = Bed::open()?;
-    match cli.command {
-        Command::Fetch { kernels } => fetch(&bed, &kernels),
-        Command::List => list(&bed),
-        Command::Run(arguments) => {
-            let status = run(&bed, &arguments).unwrap_or_else(|error| {
-                eprintln!("Error: {error:#}");
-                BED_FAILED
-            });
-            std::process::exit(status)
-        }
-    }
+    let (done, failure) = match cli.command {
+        Command::Fetch { kernels } => (fetch(&bed, &kernels).map(|()| 0), 1),
+        Command::List => (list(&bed).map(|()| 0), 1),
+        Command::Run(arguments) => (run(&bed, &arguments), BED_FAILED),
+    };
+    // Not left to the caller: a person wants the reason, not where in this program it came up.
+    let status = done.unwrap_or_else(|error| {
+        eprintln!("Error: {error:#}");
+        failure
+    });
+    std::process::exit(status)
 }
 
 fn fetch(bed: &Bed, names: &[String]) -> Result<()> {

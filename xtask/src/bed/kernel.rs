@@ -101,7 +101,7 @@ pub fn obtain(
             load(&name, &cache.get_or_make(&entry(kernel), &recipe(kernel), make)?)
         }
         Kernel::Private => {
-            let make = |into: &Path| private::build(&apt()?, into);
+            let make = |into: &Path| private::build(apt()?, into);
             load(&name, &cache.get_or_make(&entry(kernel), &recipe(kernel), make)?)
         }
         Kernel::Own { image, modules } => own(name, image, modules.as_deref(), qemu),

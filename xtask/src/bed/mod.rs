@@ -112,7 +112,7 @@ impl Bed {
     }
 
     fn apt(&self) -> Result<Apt> {
-        Ok(Apt::new(self.cache.scratch("apt"), Mirror::configured(Path::new("/etc"))?))
+        Apt::new(&self.cache, Mirror::configured(Path::new("/etc"))?)
     }
 }
 

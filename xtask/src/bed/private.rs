@@ -19,11 +19,12 @@ pub const CONFIG: &str = include_str!("private-kernel.config");
 
 const PACKAGES: [&str; 8] = ["bc", "bison", "flex", "gcc", "libc6-dev", "libelf-dev", "make", "xz-utils"];
 
-/// Builds the kernel and lays it out in `into`.
-pub fn build(apt: &Apt, into: &Path) -> Result<()> {
+/// Builds the kernel and lays it out in `into`. Lets go of `apt` as soon as the source is there: others may want it.
+pub fn build(apt: Apt, into: &Path) -> Result<()> {
     crate::setup::require_packages(&PACKAGES)?;
     let work = tempfile::tempdir_in(into)?;
-    let (tree, version) = source(apt, work.path())?;
+    let (tree, version) = source(&apt, work.path())?;
+    drop(apt);
     configure(&tree)?;
     let _step = progress::step(&format!("building the private kernel {version} (some minutes, once)"));
     let jobs = std::thread::available_parallelism().map_or(1, |count| count.get());
