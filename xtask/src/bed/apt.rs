@@ -104,7 +104,9 @@ impl Apt {
         // An empty status file: nothing counts as installed, so dependencies are complete.
         fs::write(self.dir.join("status"), "")?;
         let updated = process::capture(self.bare_command("apt-get", &SUITES)?.arg("update"))?;
-        let complaints: Vec<&str> = updated.stderr.lines().filter(|line| line.starts_with("E:")).collect();
+        // What could not be reached is only a warning to apt.
+        let telling = |line: &&str| line.starts_with("E:") || line.starts_with("W: Failed");
+        let complaints: Vec<&str> = updated.stderr.lines().filter(telling).collect();
         Ok((!complaints.is_empty()).then(|| complaints.join(" ")))
     }
 

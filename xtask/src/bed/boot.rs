@@ -62,7 +62,7 @@ pub fn run(
         (End::Exited, Some(status), Some(started)) => Ok(Outcome {
             status,
             output: stream.output(),
-            oops: kernel_log::trouble(&kernel_log).map(str::to_string),
+            oops: kernel_log::trouble(&kernel_log).or(kernel_log::panic(&kernel_log)).map(str::to_string),
             boot: started - running.began,
             ran: running.ended.unwrap_or_else(Instant::now) - started,
             kernel_log,
@@ -187,9 +187,10 @@ fn explain(
     kernel_log: &str,
     qemu_said: &str,
 ) -> anyhow::Error {
-    let stage = match stream.started() {
-        true => format!("while {} ran", guest.argv.first().map_or("the program", String::as_str)),
-        false => "before the program started".to_string(),
+    let stage = match (stream.started(), stream.status()) {
+        (false, _) => "before the program started".to_string(),
+        (true, None) => format!("while {} ran", guest.argv.first().map_or("the program", String::as_str)),
+        (true, Some(status)) => format!("at power-off, after the program had ended with status {status}"),
     };
     let what = if let Some(line) = kernel_log::panic(kernel_log) {
         format!("the kernel panicked {stage}: {line}")

@@ -12,7 +12,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use rustix::fs::{FlockOperation, flock};
 
-use super::process;
+use super::{process, progress};
 
 const MANIFEST: &str = "SHA256SUMS";
 const RECIPE: &str = "recipe";
@@ -89,7 +89,7 @@ impl Cache {
         let path = self.root.join(format!("{name}.lock"));
         let file = File::options().create(true).truncate(false).write(true).open(&path)?;
         if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-            eprintln!("bed: waiting for another cargo xtask to finish with {name}");
+            progress::say(&format!("waiting for another cargo xtask to finish with {name}"));
             flock(&file, FlockOperation::LockExclusive)
                 .with_context(|| format!("cannot lock {}", path.display()))?;
         }

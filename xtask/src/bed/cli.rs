@@ -3,6 +3,7 @@
 //! `run` gives the program's output on standard output and its exit status as its own, so that it can stand in a
 //! script; everything the bed itself has to say goes to standard error.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -133,7 +134,10 @@ fn list(bed: &Bed) -> Result<()> {
 fn run(bed: &Bed, arguments: &Run) -> Result<i32> {
     let kernel = resolve(bed, arguments)?;
     let guest = guest(arguments)?;
-    let outcome = super::run(bed, &kernel, &guest, &mut |line| println!("{line}"))?;
+    let outcome = super::run(bed, &kernel, &guest, &mut |line| {
+        // Whoever reads this may have seen enough; the status still counts.
+        let _ = writeln!(std::io::stdout(), "{line}");
+    })?;
     if arguments.show_kernel_log {
         eprintln!("{}", outcome.kernel_log.trim_end());
     }
