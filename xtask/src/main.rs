@@ -1,6 +1,8 @@
 //! kvmprep's own commands.
 
+mod abi;
 mod bed;
+mod project;
 mod setup;
 
 use clap::{Parser, Subcommand};
@@ -16,10 +18,13 @@ struct Cli {
 enum Command {
     /// Boot real Linux kernels with real KVM under emulation.
     Bed(bed::Cli),
+    /// The C interface: write the header, or check that it is current.
+    Abi(abi::Cli),
 }
 
 fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Bed(cli) => bed::main(cli),
+        Command::Abi(cli) => abi::main(cli),
     }
 }

@@ -1,0 +1,304 @@
+//! Without a handle: what the kernel offers, one pre-fault done right, statistics.
+
+use super::boundary::*;
+use super::error::kvmprep_error;
+use super::vm::{check_guest_range, kvmprep_range};
+use crate::error::{Error, Reason, Result, Stage};
+use crate::kvm::caps::Caps;
+use crate::kvm::{Kernel, Linux, Stats};
+use crate::populate::job::{VCPU_REFUSED_HINT, vcpu_refused_message};
+use crate::populate::stage2::{self, Outcome, Patience};
+use crate::range::Range;
+use std::ffi::c_int;
+use std::sync::atomic::AtomicU32;
+use std::time::Duration;
+
+/// What a kernel and a VM offer.
+///
+/// An output that may grow: pass it with its sizeof. Each field is 0 where the kernel has no such thing.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct kvmprep_caps {
+    /// 1 when the kernel claims KVM_PRE_FAULT_MEMORY for this VM (Linux 6.11, nested paging). A claim only: one
+    /// downstream kernel uses the number for something else, and each vCPU may still refuse.
+    pub pre_fault: u32,
+    /// 1 when kvmprep_keep_mappings() will work (Linux 6.12, x86-64).
+    pub keep_mappings: u32,
+    /// 1 when memslots may be read-only (KVM_MEM_READONLY).
+    pub read_only_memslots: u32,
+    /// 1 when memslots may have a guest_memfd (Linux 6.8).
+    pub guest_memfd: u32,
+    /// GUEST_MEMFD_FLAG_* that KVM_CREATE_GUEST_MEMFD takes.
+    pub guest_memfd_flags: u64,
+    /// KVM_MEMORY_ATTRIBUTE_* that can be set.
+    pub memory_attributes: u64,
+    /// Bitmap of the VM types that can be made.
+    pub vm_types: u64,
+    /// Memslots that one address space may have.
+    pub memslots: u32,
+    /// Address spaces.
+    pub address_spaces: u32,
+    /// Bits of a physical address of this host.
+    pub gpa_bits: u32,
+    /// Release of the running kernel: major << 16 | minor << 8 | patch (at most 255 each).
+    pub kernel_release: u32,
+}
+
+impl From<&Caps> for kvmprep_caps {
+    fn from(caps: &Caps) -> Self {
+        let [major, minor, patch] = caps.release.map(|n| n.min(255));
+        Self {
+            pre_fault: caps.pre_fault.into(),
+            keep_mappings: caps.can_keep_mappings.into(),
+            read_only_memslots: caps.read_only.into(),
+            guest_memfd: caps.guest_memfd.into(),
+            guest_memfd_flags: caps.guest_memfd_flags,
+            memory_attributes: caps.memory_attributes,
+            vm_types: caps.vm_types,
+            memslots: caps.memslots,
+            address_spaces: caps.address_spaces,
+            gpa_bits: caps.gpa_bits,
+            kernel_release: major << 16 | minor << 8 | patch,
+        }
+    }
+}
+
+/// Finds out what the kernel offers.
+///
+/// `kvm_fd` is a descriptor of /dev/kvm, `vm_fd` one of a VM; either may be -1, not both. Where there is a VM
+/// its answers are taken, since they are the ones that hold. Both stay the caller's.
+///
+/// Threads: any, at any time. Returns 0, or -EINVAL (`caps` NULL or misaligned, a bad size), -EBADF (no usable
+/// descriptor), or what KVM_CHECK_EXTENSION answered (-ENOTTY: not KVM's descriptor; -EIO: another process's VM).
+///
+/// # Safety
+/// `caps` points to `caps_size` bytes, `err` to a kvmprep_error or is NULL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmprep_probe(
+    kvm_fd: c_int,
+    vm_fd: c_int,
+    caps: *mut kvmprep_caps,
+    caps_size: usize,
+    err: *mut kvmprep_error,
+) -> c_int {
+    // SAFETY: passed on from the caller.
+    unsafe {
+        boundary(err, || {
+            check_out(caps, "caps")?;
+            let (kvm, vm) = (optional_fd(kvm_fd, "kvm_fd")?, optional_fd(vm_fd, "vm_fd")?);
+            required_fd(kvm.or(vm).unwrap_or(-1), "both kvm_fd and vm_fd")?;
+            let found = Caps::probe(&Linux::default(), kvm, vm)
+                .map_err(|errno| Error::kernel(errno, "asking KVM for its capabilities"))?;
+            write_sized(caps, caps_size, &(&found).into(), "caps")?;
+            Ok(0)
+        })
+    }
+}
+
+/// A patience of its own: for one call on the caller's thread.
+struct OneCall<'a>(&'a Linux);
+
+impl Patience for OneCall<'_> {
+    fn yields_to_signals(&self) -> bool {
+        true
+    }
+
+    fn pause(&self, length: Duration) -> bool {
+        let word = AtomicU32::new(0);
+        // A signal ends the pause; the next try reports it if it is still pending.
+        let _ = self.0.wait(&word, 0, length);
+        true
+    }
+}
+
+/// Pre-faults guest memory through one vCPU: KVM_PRE_FAULT_MEMORY (Linux 6.11) until nothing is left, with its
+/// retries. The host's page tables are not filled first: for a private mapping whose pages the VMM has not
+/// touched, that makes the guest's first writes slower, not faster. kvmprep_populate() does both.
+///
+/// `remaining` holds the range to map, a multiple of 4096 bytes, and is updated as pages are mapped: on any
+/// return, error or not, what it holds is what is left, with size 0 for nothing. All of it must lie in memslots
+/// of the address space that the vCPU is in.
+///
+/// Threads: the one that owns the vCPU. The call waits, unkillable by ordinary signals, while another thread is
+/// in KVM_RUN on this vCPU, and for memory registered with userfaultfd. A failed call overwrites the exit
+/// reason in kvm_run: make it with no userspace exit pending. When: after KVM_SET_CPUID2 (which may change the
+/// number of page-table levels), not in SMM, not while a nested guest runs.
+///
+/// Returns 0, or -EINVAL (`remaining` NULL, misaligned, empty, unaligned, wrapping, beyond the host's address
+/// width, or not a vCPU), -EBADF, -EINTR (a signal: call again), -ENOENT (no memslot at `remaining->gpa`),
+/// -EFAULT (nothing mapped there in the host), -EAGAIN (its slot is being deleted, for two seconds), -EOPNOTSUPP
+/// (reason NO_STAGE2: not this kernel or host; VCPU_REFUSED: not this vCPU now), -ENOMEM, -EHWPOISON, -EIO (dead
+/// or another process's VM).
+///
+/// # Safety
+/// `remaining` points to a kvmprep_range, `err` to a kvmprep_error or is NULL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmprep_vcpu_pre_fault(
+    vcpu_fd: c_int,
+    remaining: *mut kvmprep_range,
+    err: *mut kvmprep_error,
+) -> c_int {
+    // SAFETY: passed on from the caller.
+    unsafe {
+        boundary(err, || {
+            check_out(remaining, "remaining")?;
+            let asked = reference(remaining, "remaining")?.decode()?;
+            check_guest_range(asked)?;
+            let vcpu = required_fd(vcpu_fd, "vcpu_fd")?;
+            let kernel = Linux::default();
+            let (rest, error) = sort(asked, stage2::pre_fault(&kernel, vcpu, asked, &OneCall(&kernel)));
+            write(remaining, kvmprep_range::encode_rest(asked, rest), "remaining")?;
+            error.map_or(Ok(0), Err)
+        })
+    }
+}
+
+/// What is left, and why.
+fn sort(asked: Range, outcome: Outcome) -> (Option<Range>, Option<Error>) {
+    let at = |rest: Range, errno, reason, message: &str| {
+        Some(Error::new(errno, reason, message).stage(Stage::Stage2).range(rest))
+    };
+    match outcome {
+        Outcome::Done => (None, None),
+        Outcome::Interrupted(rest) | Outcome::Stopped(rest) => {
+            (Some(rest), at(rest, libc::EINTR, Reason::Interrupted, "a signal came").map(|e| e.hint("call again")))
+        }
+        Outcome::VcpuRefused(rest) => (
+            Some(rest),
+            at(rest, libc::EOPNOTSUPP, Reason::VcpuRefused, vcpu_refused_message()).map(|e| e.hint(VCPU_REFUSED_HINT)),
+        ),
+        Outcome::Unavailable(rest) => (
+            Some(rest),
+            at(asked, libc::EOPNOTSUPP, Reason::NoStage2, "this kernel has no KVM_PRE_FAULT_MEMORY")
+                .map(|e| e.hint("needs Linux 6.11 with nested paging")),
+        ),
+        Outcome::Failed(rest, error) => (Some(rest), Some(error)),
+    }
+}
+
+/// Makes stage-2 mappings outlive the deletion of other memslots, for the rest of the VM's life: disables
+/// KVM_X86_QUIRK_SLOT_ZAP_ALL (Linux 6.12, x86-64, VMs of the default type; others never had it).
+///
+/// By default KVM drops every mapping of every slot when any slot is deleted or moved. The quirk exists because
+/// dropping less once made a guest with an assigned GPU unstable: disable it where no device is assigned, or
+/// offer the choice. On kernels before 6.15 disabling quirks replaces the set disabled before: a VMM that
+/// disables others by KVM_CAP_DISABLE_QUIRKS2 itself must there pass all of them in one call of its own, with
+/// KVM_X86_QUIRK_SLOT_ZAP_ALL (128) among them, instead of this one.
+///
+/// Threads: any; before slots are deleted. Returns 0, or -EBADF, -EOPNOTSUPP (not this kernel), -EIO.
+///
+/// # Safety
+/// `err` points to a kvmprep_error or is NULL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmprep_keep_mappings(vm_fd: c_int, err: *mut kvmprep_error) -> c_int {
+    // SAFETY: passed on from the caller.
+    unsafe {
+        boundary(err, || {
+            crate::vm::keep_mappings(&Linux::default(), required_fd(vm_fd, "vm_fd")?)?;
+            Ok(0)
+        })
+    }
+}
+
+/// Counters of KVM's, summed over the descriptors given.
+///
+/// An output that may grow: pass it with its sizeof.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct kvmprep_fault_stats {
+    /// Stage-2 faults that guests took, MMIO included; pre-faulting does not count (vCPU).
+    pub taken: u64,
+    /// Of these: mended by a new mapping (vCPU).
+    pub fixed: u64,
+    /// Of these: found mended by another vCPU (vCPU).
+    pub spurious: u64,
+    /// Of these: handed to the emulator (vCPU).
+    pub emulated: u64,
+    /// Mended without the MMU lock; pre-faulting counts too (vCPU).
+    pub fast: u64,
+    /// Mappings made that say "MMIO"; pre-faulting a hole counts too (vCPU).
+    pub mmio: u64,
+    /// Exits of guests (vCPU).
+    pub exits: u64,
+    /// 4 KiB mappings that stand now (VM).
+    pub pages_4k: u64,
+    /// 2 MiB mappings that stand now (VM).
+    pub pages_2m: u64,
+    /// 1 GiB mappings that stand now (VM).
+    pub pages_1g: u64,
+    /// How many of the descriptors were vCPUs, and how many VMs.
+    pub vcpus: u32,
+    /// See `vcpus`.
+    pub vms: u32,
+}
+
+impl kvmprep_fault_stats {
+    fn add(&mut self, stats: &Stats) {
+        let get = |name| stats.get(name).unwrap_or(0);
+        self.taken += get("pf_taken");
+        self.fixed += get("pf_fixed");
+        self.spurious += get("pf_spurious");
+        self.emulated += get("pf_emulate");
+        self.fast += get("pf_fast");
+        self.mmio += get("pf_mmio_spte_created");
+        self.exits += get("exits");
+        self.pages_4k += get("pages_4k");
+        self.pages_2m += get("pages_2m");
+        self.pages_1g += get("pages_1g");
+        self.vcpus += u32::from(stats.get("pf_taken").is_some());
+        self.vms += u32::from(stats.get("pages_4k").is_some());
+    }
+}
+
+/// Reads the counters of `n_fds` vCPUs and VMs and sums them (KVM_GET_STATS_FD, Linux 5.14).
+///
+/// `taken` before and after the guest ran tells what population was worth.
+///
+/// Threads: any. Waits for a vCPU that is inside KVM_RUN on another thread: where that matters, keep a stats
+/// descriptor of one's own. Returns 0, or -EINVAL (a pointer NULL or misaligned, a bad size, no descriptor),
+/// -EBADF, -EOPNOTSUPP (no statistics on this kernel), -EIO, -EMFILE.
+///
+/// # Safety
+/// `fds` points to `n_fds` ints, `stats` to `stats_size` bytes, `err` to a kvmprep_error or is NULL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmprep_get_fault_stats(
+    fds: *const c_int,
+    n_fds: usize,
+    stats: *mut kvmprep_fault_stats,
+    stats_size: usize,
+    err: *mut kvmprep_error,
+) -> c_int {
+    // SAFETY: passed on from the caller.
+    unsafe {
+        boundary(err, || {
+            check_out(stats, "stats")?;
+            let fds = slice(fds, n_fds, "fds")?;
+            if fds.is_empty() {
+                return Err(Error::invalid(Reason::BadValue, "no descriptor to read counters of")
+                    .hint("pass vCPU or VM descriptors"));
+            }
+            let sum = sum_stats(fds)?;
+            write_sized(stats, stats_size, &sum, "stats")?;
+            Ok(0)
+        })
+    }
+}
+
+fn sum_stats(fds: &[c_int]) -> Result<kvmprep_fault_stats> {
+    let kernel = Linux::default();
+    let mut sum = kvmprep_fault_stats::default();
+    for fd in fds {
+        let fd = required_fd(*fd, "a descriptor in fds")?;
+        let stats = kernel.stats(fd).map_err(|errno| match errno.0 {
+            libc::ENOTTY | libc::EINVAL => Error::new(
+                libc::EOPNOTSUPP,
+                Reason::KernelRefused,
+                format!("descriptor {fd} has no KVM statistics: {errno}"),
+            )
+            .hint("pass vCPU or VM descriptors; needs Linux 5.14"),
+            _ => Error::kernel(errno, "reading KVM's statistics"),
+        })?;
+        sum.add(&stats);
+    }
+    Ok(sum)
+}

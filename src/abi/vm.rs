@@ -1,0 +1,461 @@
+//! One VM: its handle, its memslots, what is populated.
+
+use super::boundary::*;
+use super::error::kvmprep_error;
+use crate::error::{Error, Reason, Result};
+use crate::kvm::{Linux, Region};
+use crate::memslot::{Backing, Memslot, Nature, check_guest_width};
+use crate::range::Range;
+use crate::vm::{Config, Vm};
+use std::ffi::c_int;
+use std::sync::Arc;
+
+/// Find out from the kernel what lies behind the slot. Costs one look at each mapping, when a job is made.
+pub const KVMPREP_BACKING_AUTO: u32 = 0;
+/// Anonymous private memory; with or without transparent huge pages.
+pub const KVMPREP_BACKING_ANONYMOUS: u32 = 1;
+/// memfd, tmpfs or shared anonymous memory, MAP_SHARED.
+pub const KVMPREP_BACKING_SHMEM_SHARED: u32 = 2;
+/// memfd or tmpfs, MAP_PRIVATE.
+pub const KVMPREP_BACKING_SHMEM_PRIVATE: u32 = 3;
+/// Another file, MAP_SHARED.
+pub const KVMPREP_BACKING_FILE_SHARED: u32 = 4;
+/// Another file, MAP_PRIVATE: a snapshot.
+pub const KVMPREP_BACKING_FILE_PRIVATE: u32 = 5;
+/// Huge pages from a pool, MAP_SHARED.
+pub const KVMPREP_BACKING_HUGETLB_SHARED: u32 = 6;
+/// Huge pages from a pool, MAP_PRIVATE.
+pub const KVMPREP_BACKING_HUGETLB_PRIVATE: u32 = 7;
+/// guest_memfd that is mapped at the slot's hva and serves shared accesses too (Linux 6.18 or newer).
+pub const KVMPREP_BACKING_GUEST_MEMFD_SHARED: u32 = 8;
+/// guest_memfd whose pages the host cannot see (Linux 6.8).
+pub const KVMPREP_BACKING_GUEST_MEMFD: u32 = 9;
+
+/// Only parts of the slot are in use (virtio-mem): it is populated only where ranges name it.
+pub const KVMPREP_MEMSLOT_SPARSE: u32 = 1;
+/// The slot is a device's memory (a mapped BAR): it is never populated.
+pub const KVMPREP_MEMSLOT_DEVICE: u32 = 2;
+/// The slot's memory is, or may be, registered with userfaultfd: only KVMPREP_INTENT_RESIDENT touches it, since
+/// anything else would wait for the handler, in places where no signal ends the wait.
+pub const KVMPREP_MEMSLOT_USERFAULTFD: u32 = 4;
+/// `memory_fd` and `memory_fd_offset` are set.
+pub const KVMPREP_MEMSLOT_MEMORY_FD: u32 = 8;
+
+/// Disable the slot-zap-all quirk while the handle is made: what kvmprep_keep_mappings() does, and with its
+/// conditions. The handle then knows that mappings outlive the deletion of other slots.
+pub const KVMPREP_VM_KEEP_MAPPINGS: u32 = 1;
+/// The caller has disabled that quirk already, or the VM is of a type without it (any but the default type).
+pub const KVMPREP_VM_MAPPINGS_ARE_KEPT: u32 = 2;
+
+/// A range of guest physical memory, in bytes. Its layout is fixed for ever.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct kvmprep_range {
+    /// First byte; a multiple of 4096.
+    pub gpa: u64,
+    /// Bytes; a multiple of 4096.
+    pub size: u64,
+    /// Must be zero; written as zero.
+    pub reserved: [u64; 2],
+}
+
+const _: () = assert!(size_of::<kvmprep_range>() == 32);
+
+impl kvmprep_range {
+    pub(super) fn decode(&self) -> Result<Range> {
+        check_reserved(self.reserved == [0; 2], "kvmprep_range")?;
+        range(self.gpa, self.size)
+    }
+
+    pub(super) fn encode(range: Range) -> Self {
+        Self { gpa: range.start, size: range.size(), reserved: [0; 2] }
+    }
+
+    /// What is left of `asked`: when nothing is, size 0 at its end.
+    pub(super) fn encode_rest(asked: Range, rest: Option<Range>) -> Self {
+        rest.map_or(Self { gpa: asked.end, ..Self::default() }, Self::encode)
+    }
+}
+
+/// Checks a range without a handle: below what any x86-64 host can address.
+pub(super) fn check_guest_range(range: Range) -> Result<()> {
+    check_guest_width(range, 52)
+}
+
+/// A memslot: what KVM_SET_USER_MEMORY_REGION2 is told, in the kernel's encoding, and what the VMM knows beyond.
+///
+/// Its layout is fixed for ever. Start from KVMPREP_MEMSLOT_INIT or zeroes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct kvmprep_memslot {
+    /// Slot number, its address space in the upper 16 bits (`slot | as_id << 16`).
+    pub slot: u32,
+    /// KVM_MEM_LOG_DIRTY_PAGES (1), KVM_MEM_READONLY (2), KVM_MEM_GUEST_MEMFD (4).
+    pub flags: u32,
+    /// Guest physical address in bytes; a multiple of 4096.
+    pub gpa: u64,
+    /// Bytes; a multiple of 4096. 0: the slot is deleted.
+    pub size: u64,
+    /// Address of the memory in this process, in bytes; a multiple of 4096.
+    pub hva: u64,
+    /// Offset of the slot's first byte in its guest_memfd, in bytes; a multiple of 4096. Read with
+    /// KVM_MEM_GUEST_MEMFD only.
+    pub guest_memfd_offset: u64,
+    /// The guest_memfd; stays the caller's. Read with KVM_MEM_GUEST_MEMFD only.
+    pub guest_memfd: i32,
+    /// KVMPREP_BACKING_*: what lies behind the slot.
+    pub backing: u32,
+    /// KVMPREP_MEMSLOT_*.
+    pub attributes: u32,
+    /// With KVMPREP_MEMSLOT_MEMORY_FD: the file that is mapped at `hva`. It stays the caller's and open while
+    /// jobs over the slot live. With it, shared memfd memory is populated in about half the time.
+    pub memory_fd: i32,
+    /// With KVMPREP_MEMSLOT_MEMORY_FD: the file offset that is mapped at `hva`, in bytes.
+    pub memory_fd_offset: u64,
+    /// Must be zero.
+    pub reserved: [u64; 8],
+}
+
+const _: () = assert!(size_of::<kvmprep_memslot>() == 128);
+
+impl kvmprep_memslot {
+    fn decode(&self) -> Result<Memslot> {
+        check_reserved(self.reserved == [0; 8], "kvmprep_memslot")?;
+        let known = KVMPREP_MEMSLOT_SPARSE
+            | KVMPREP_MEMSLOT_DEVICE
+            | KVMPREP_MEMSLOT_USERFAULTFD
+            | KVMPREP_MEMSLOT_MEMORY_FD;
+        check_flags(self.attributes, known, "kvmprep_memslot.attributes").map_err(|e| e.slot(self.slot))?;
+        let has = |attribute| self.attributes & attribute != 0;
+        let file = if has(KVMPREP_MEMSLOT_MEMORY_FD) {
+            Some((required_fd(self.memory_fd, "kvmprep_memslot.memory_fd")?, self.memory_fd_offset))
+        } else {
+            None
+        };
+        if file.is_some_and(|(_, offset)| offset.checked_add(self.size).is_none()) {
+            return Err(Error::invalid(Reason::RangeOverflow, "the slot's memory_fd_offset plus its size wraps")
+                .slot(self.slot)
+                .hint("pass the offset that is mapped at hva"));
+        }
+        Ok(Memslot {
+            region: Region {
+                slot: self.slot,
+                flags: self.flags,
+                gpa: self.gpa,
+                size: self.size,
+                hva: self.hva,
+                guest_memfd: self.guest_memfd,
+                guest_memfd_offset: self.guest_memfd_offset,
+            },
+            backing: decode_backing(self.backing).map_err(|e| e.slot(self.slot))?,
+            file,
+            nature: Nature {
+                sparse: has(KVMPREP_MEMSLOT_SPARSE),
+                device: has(KVMPREP_MEMSLOT_DEVICE),
+                userfaultfd: has(KVMPREP_MEMSLOT_USERFAULTFD),
+            },
+        })
+    }
+}
+
+fn decode_backing(backing: u32) -> Result<Option<Backing>> {
+    match (backing as usize).checked_sub(1) {
+        None => Ok(None),
+        Some(index) => Backing::ALL.get(index).copied().map(Some).ok_or_else(|| {
+            Error::invalid(Reason::BadValue, format!("{backing} is no KVMPREP_BACKING_*"))
+                .hint("pass KVMPREP_BACKING_AUTO if unsure")
+        }),
+    }
+}
+
+/// How a handle is to be. Start from KVMPREP_VM_CONFIG_INIT. An input that may grow.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct kvmprep_vm_config {
+    /// sizeof(struct kvmprep_vm_config).
+    pub struct_size: u32,
+    /// KVMPREP_VM_KEEP_MAPPINGS, KVMPREP_VM_MAPPINGS_ARE_KEPT.
+    pub flags: u32,
+    /// The VM. It stays the caller's, and open while the handle lives.
+    pub vm_fd: i32,
+    /// Bits of a guest physical address, 12 to 52, as the guest's CPUID says; 0: as many as the host has. Memory
+    /// beyond is refused: KVM would map it somewhere else (it drops the bits that its page tables do not have).
+    pub gpa_bits: u32,
+}
+
+// SAFETY: repr(C), integers only, no padding, the size first.
+unsafe impl Growing for kvmprep_vm_config {
+    const FIRST: usize = 16;
+}
+
+/// One VM. Made by kvmprep_vm_new(), freed by kvmprep_vm_free(); may be used by many threads at once.
+pub struct kvmprep_vm(pub(super) Arc<Vm>);
+
+/// Makes a handle for a VM, without slots: tell it of them with kvmprep_vm_set_memslots(),
+/// kvmprep_memslot_set() or kvmprep_memslot_note().
+///
+/// On success `*out` is a handle that the caller frees with kvmprep_vm_free(). On error `*out` is untouched. The
+/// handle belongs to the process that made the VM: after fork() the child must neither use nor free it.
+///
+/// Threads: any. Returns 0, or -EINVAL (a pointer NULL or misaligned, an unknown flag, gpa_bits out of range),
+/// -E2BIG (a newer caller's field), -EBADF, -EOPNOTSUPP (KVMPREP_VM_KEEP_MAPPINGS on a kernel that cannot), -EIO
+/// (another process's VM).
+///
+/// # Safety
+/// `config` points to a kvmprep_vm_config, `out` to a pointer, `err` to a kvmprep_error or is NULL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmprep_vm_new(
+    config: *const kvmprep_vm_config,
+    out: *mut *mut kvmprep_vm,
+    err: *mut kvmprep_error,
+) -> c_int {
+    // SAFETY: passed on from the caller.
+    unsafe {
+        boundary(err, || {
+            check_out(out, "out")?;
+            let config = read_growing(config, "config")?;
+            check_flags(config.flags, KVMPREP_VM_KEEP_MAPPINGS | KVMPREP_VM_MAPPINGS_ARE_KEPT, "config->flags")?;
+            if config.gpa_bits != 0 && !(12..=52).contains(&config.gpa_bits) {
+                return Err(Error::invalid(
+                    Reason::BadValue,
+                    format!("config->gpa_bits is {}, not 12 to 52 or 0", config.gpa_bits),
+                )
+                .hint("pass the guest's MAXPHYADDR, or 0 for the host's"));
+            }
+            let config = Config {
+                vm_fd: required_fd(config.vm_fd, "config->vm_fd")?,
+                gpa_bits: (config.gpa_bits != 0).then_some(config.gpa_bits),
+                keep_mappings: config.flags & KVMPREP_VM_KEEP_MAPPINGS != 0,
+                mappings_are_kept: config.flags & KVMPREP_VM_MAPPINGS_ARE_KEPT != 0,
+            };
+            let vm = Vm::new(Arc::new(Linux::default()), config)?;
+            write(out, Box::into_raw(Box::new(kvmprep_vm(Arc::new(vm)))), "out")?;
+            Ok(0)
+        })
+    }
+}
+
+/// Frees a handle; NULL is accepted and does nothing. The VM itself and all descriptors stay as they are.
+///
+/// Threads: any, but no other call on the handle may be under way or follow. Returns 0, or -EBUSY while jobs of
+/// it live: the handle is then untouched. Free them first.
+///
+/// # Safety
+/// `vm` is NULL or a handle that has not been freed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmprep_vm_free(vm: *mut kvmprep_vm) -> c_int {
+    // SAFETY: passed on from the caller.
+    unsafe {
+        boundary(std::ptr::null_mut(), || {
+            if vm.is_null() {
+                return Ok(0);
+            }
+            if reference(vm, "vm")?.0.has_jobs() {
+                return Err(Error::new(libc::EBUSY, Reason::Busy, "jobs of this VM live"));
+            }
+            drop(Box::from_raw(vm));
+            Ok(0)
+        })
+    }
+}
+
+/// Tells the handle of all memslots there are, in place of all it knew: for a VMM whose slots are set before the
+/// handle is made. Of slots that were known and are the same, coverage is kept. Jobs under way lose the slots
+/// that are gone; the call returns once no worker touches those.
+///
+/// Threads: any. Returns 0, or -EINVAL (a pointer NULL or misaligned, a slot that is malformed, twice in the
+/// list or of size 0), -EEXIST (two slots overlap; `err` names both), -EBADF. On error nothing has changed.
+///
+/// # Safety
+/// `vm` is a handle, `slots` points to `n` elements, `err` to a kvmprep_error or is NULL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmprep_vm_set_memslots(
+    vm: *mut kvmprep_vm,
+    slots: *const kvmprep_memslot,
+    n: usize,
+    err: *mut kvmprep_error,
+) -> c_int {
+    // SAFETY: passed on from the caller.
+    unsafe {
+        boundary(err, || {
+            let vm = reference(vm, "vm")?;
+            let slots = slice(slots, n, "slots")?.iter().map(kvmprep_memslot::decode).collect::<Result<Vec<_>>>()?;
+            vm.0.set_memslots(&slots)?;
+            Ok(0)
+        })
+    }
+}
+
+/// Makes, changes or deletes (size 0) a memslot: checks it for plain mistakes, lets workers go of its memory,
+/// calls KVM_SET_USER_MEMORY_REGION (2 with a guest_memfd, Linux 6.8) and notes the change.
+///
+/// Threads: any; changes of one slot must not race with each other. Waits for workers as
+/// kvmprep_memslot_changing() does. Returns 0, or -EINVAL (malformed), -EEXIST (it overlaps another slot, which
+/// `err` names), or what KVM answered. On error the slot is as it was before.
+///
+/// # Safety
+/// `vm` is a handle, `slot` points to a kvmprep_memslot, `err` to a kvmprep_error or is NULL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmprep_memslot_set(
+    vm: *mut kvmprep_vm,
+    slot: *const kvmprep_memslot,
+    err: *mut kvmprep_error,
+) -> c_int {
+    // SAFETY: passed on from the caller.
+    unsafe {
+        boundary(err, || {
+            reference(vm, "vm")?.0.set(&reference(slot, "slot")?.decode()?)?;
+            Ok(0)
+        })
+    }
+}
+
+/// Announces that a memslot is about to be deleted, moved, changed in its flags, or that its backing is about to
+/// be unmapped or closed. Returns once no worker touches its memory; from then on none will: jobs under way give
+/// the slot up (it is in their result, as remaining), new ones leave it out or, when it is named, fail with
+/// -EBUSY, until kvmprep_memslot_note(). A slot that the handle does not know is accepted and does nothing.
+///
+/// It matters: on Linux 6.11 and 6.12 a pre-fault that meets a slot being deleted and the deletion wait for each
+/// other for ever.
+///
+/// Threads: any, but not one that a worker waits for: a library thread inside the kernel for a vCPU that is in
+/// KVM_RUN, or for userfaultfd memory, is waited for. Returns 0, or -EINVAL (`vm` NULL).
+///
+/// # Safety
+/// `vm` is a handle, `err` points to a kvmprep_error or is NULL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmprep_memslot_changing(
+    vm: *mut kvmprep_vm,
+    slot: u32,
+    err: *mut kvmprep_error,
+) -> c_int {
+    // SAFETY: passed on from the caller.
+    unsafe {
+        boundary(err, || {
+            reference(vm, "vm")?.0.changing(slot);
+            Ok(0)
+        })
+    }
+}
+
+/// Notes what a memslot is now: call it after each KVM_SET_USER_MEMORY_REGION of the VMM's own, with size 0 for
+/// a deletion, and with the old description when the ioctl failed after kvmprep_memslot_changing(). What the
+/// change has cost is dropped from the coverage: the slot's own mappings, and, unless mappings are kept, those of
+/// all slots.
+///
+/// Threads: any. Returns 0, or, for bad arguments only, -EINVAL (NULL, malformed), -EEXIST (it overlaps another
+/// slot that the handle knows: a deletion was not noted), -EBADF. On error nothing has changed.
+///
+/// # Safety
+/// `vm` is a handle, `slot` points to a kvmprep_memslot, `err` to a kvmprep_error or is NULL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmprep_memslot_note(
+    vm: *mut kvmprep_vm,
+    slot: *const kvmprep_memslot,
+    err: *mut kvmprep_error,
+) -> c_int {
+    // SAFETY: passed on from the caller.
+    unsafe {
+        boundary(err, || {
+            reference(vm, "vm")?.0.note(&reference(slot, "slot")?.decode()?)?;
+            Ok(0)
+        })
+    }
+}
+
+/// Announces that guest memory is about to be discarded while its slot stays: madvise(MADV_DONTNEED), hole punch,
+/// a balloon, virtio-mem's unplug. Returns once no worker touches it; jobs under way give the range up, and it is
+/// not covered any more. Start no job over it until the discard is done. The range need not lie in slots.
+///
+/// Threads: as kvmprep_memslot_changing(). Returns 0, or -EINVAL (a pointer NULL, a bad range).
+///
+/// # Safety
+/// `vm` is a handle, `range` points to a kvmprep_range, `err` to a kvmprep_error or is NULL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmprep_range_discarded(
+    vm: *mut kvmprep_vm,
+    range: *const kvmprep_range,
+    err: *mut kvmprep_error,
+) -> c_int {
+    // SAFETY: passed on from the caller.
+    unsafe {
+        boundary(err, || {
+            let vm = reference(vm, "vm")?;
+            let range = reference(range, "range")?.decode()?;
+            check_guest_width(range, vm.0.gpa_bits()?)?;
+            vm.0.discarded(range);
+            Ok(0)
+        })
+    }
+}
+
+/// Nothing was lost.
+pub const KVMPREP_LOSS_NOTHING: u32 = 0;
+/// The slot was deleted, moved or replaced.
+pub const KVMPREP_LOSS_SLOT_CHANGED: u32 = 1;
+/// Some slot was deleted or moved, and the VM's mappings are not kept: see kvmprep_keep_mappings().
+pub const KVMPREP_LOSS_ZAP_ALL: u32 = 2;
+/// kvmprep_range_discarded().
+pub const KVMPREP_LOSS_DISCARDED: u32 = 3;
+/// Dirty logging was turned on: first writes fault again.
+pub const KVMPREP_LOSS_DIRTY_LOGGING: u32 = 4;
+
+/// How much of a range is populated, in bytes. An output that may grow: pass it with its sizeof.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct kvmprep_coverage {
+    /// Memory: what of the range has a memslot.
+    pub memory: u64,
+    /// In the host's page tables, prepared at least for reading.
+    pub host: u64,
+    /// In stage 2, prepared at least for reading.
+    pub stage2: u64,
+    /// In stage 2, prepared for writing too.
+    pub stage2_writable: u64,
+    /// Was in stage 2 and is known to have been lost since.
+    pub lost: u64,
+    /// KVMPREP_LOSS_*: why something was lost, the last time, anywhere in the VM.
+    pub last_loss: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// Says what the library has populated of a range of address space 0, as far as it knows.
+///
+/// An upper bound: what the kernel drops unasked is not seen: KSM (QEMU marks guest memory mergeable by default:
+/// worse than not populating), fork of the VMM without MADV_DONTFORK, NUMA balancing, compaction, swap,
+/// non-coherent device attachment, APICv inhibition. Pages mapped by KVMPREP_INTENT_RESIDENT are not counted.
+///
+/// Threads: any. Returns 0, or -EINVAL (a pointer NULL or misaligned, a bad range or size).
+///
+/// # Safety
+/// `vm` is a handle, `range` points to a kvmprep_range, `out` to `out_size` bytes, `err` to a kvmprep_error or
+/// is NULL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmprep_get_coverage(
+    vm: *const kvmprep_vm,
+    range: *const kvmprep_range,
+    out: *mut kvmprep_coverage,
+    out_size: usize,
+    err: *mut kvmprep_error,
+) -> c_int {
+    // SAFETY: passed on from the caller.
+    unsafe {
+        boundary(err, || {
+            let vm = reference(vm, "vm")?;
+            let range = reference(range, "range")?.decode()?;
+            let (memory, covered) = vm.0.coverage(range);
+            let coverage = kvmprep_coverage {
+                memory,
+                host: covered.host,
+                stage2: covered.stage2_read,
+                stage2_writable: covered.stage2_write,
+                lost: covered.lost,
+                last_loss: covered.last_loss as u32,
+                reserved: 0,
+            };
+            write_sized(out, out_size, &coverage, "out")?;
+            Ok(0)
+        })
+    }
+}

@@ -1,0 +1,191 @@
+//! The one error type.
+//!
+//! An [`Error`] answers a person's three questions: what was wrong, where, and what to do. It never decides
+//! anything; whoever raises it knows what it means.
+
+use crate::kvm::Errno;
+use crate::range::Range;
+use std::borrow::Cow;
+
+/// Declares the reasons once: number, constant, stable name.
+macro_rules! reasons {
+    ($($name:ident = $number:literal, $text:literal;)*) => {
+        /// Why a call failed, as a stable number and name. The C header documents each.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[repr(u32)]
+        #[allow(missing_docs, reason = "documented where C reads them, in abi::error")]
+        pub enum Reason { $($name = $number,)* }
+
+        impl Reason {
+            /// Every reason there is.
+            pub const ALL: &'static [Reason] = &[$(Reason::$name,)*];
+
+            /// Its stable name, NUL-terminated for C.
+            pub fn name(self) -> &'static std::ffi::CStr {
+                match self { $(Reason::$name => $text,)* }
+            }
+        }
+    };
+}
+
+reasons! {
+    None = 0, c"none";
+    NullPointer = 1, c"null-pointer";
+    MisalignedPointer = 2, c"misaligned-pointer";
+    StructSize = 3, c"struct-size";
+    UnknownFlags = 4, c"unknown-flags";
+    BadValue = 5, c"bad-value";
+    ReservedNotZero = 6, c"reserved-not-zero";
+    BadFd = 7, c"bad-fd";
+    RangeEmpty = 8, c"range-empty";
+    RangeUnaligned = 9, c"range-unaligned";
+    RangeOverflow = 10, c"range-overflow";
+    RangeBeyondGuest = 11, c"range-beyond-guest";
+    NoMemslot = 12, c"no-memslot";
+    MemslotOverlap = 13, c"memslot-overlap";
+    MemslotChanging = 14, c"memslot-changing";
+    MemslotUserfaultfd = 15, c"memslot-userfaultfd";
+    MemslotDirtyLogged = 16, c"memslot-dirty-logged";
+    MemslotDevice = 17, c"memslot-device";
+    NoHostMapping = 18, c"no-host-mapping";
+    HostMappingReadOnly = 19, c"host-mapping-read-only";
+    HugetlbShortage = 20, c"hugetlb-shortage";
+    MemoryShortage = 21, c"memory-shortage";
+    Poisoned = 22, c"poisoned";
+    KernelRefused = 23, c"kernel-refused";
+    NoStage2 = 24, c"no-stage2";
+    VcpuRefused = 25, c"vcpu-refused";
+    Interrupted = 26, c"interrupted";
+    RetriesExhausted = 27, c"retries-exhausted";
+    TimedOut = 28, c"timed-out";
+    Cancelled = 29, c"cancelled";
+    Busy = 30, c"busy";
+    Panicked = 31, c"panicked";
+    VmDead = 32, c"vm-dead";
+    ThreadFailed = 33, c"thread-failed";
+    NotFinished = 34, c"not-finished";
+}
+
+/// Where in the work something failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Stage {
+    /// No stage of populating: an argument, a handle.
+    None = 0,
+    /// A slot was being checked or set.
+    Memslot = 1,
+    /// The host's own page tables.
+    Host = 2,
+    /// The guest's stage-2 page tables.
+    Stage2 = 3,
+}
+
+/// What was wrong, where, and what to do.
+#[derive(Clone, Debug)]
+pub struct Error {
+    /// The positive errno whose negative the C function returns.
+    pub errno: i32,
+    /// The stable reason.
+    pub reason: Reason,
+    /// The stage of the work.
+    pub stage: Stage,
+    /// The slot concerned, with its address space in the upper half.
+    pub slot: Option<u32>,
+    /// The other slot concerned, as in an overlap.
+    pub other_slot: Option<u32>,
+    /// The guest range concerned.
+    pub range: Option<Range>,
+    /// One sentence: what was wrong.
+    pub message: String,
+    /// One sentence: what to do.
+    pub hint: Cow<'static, str>,
+}
+
+/// What fallible library code returns.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// An error of no particular place.
+    pub fn new(errno: i32, reason: Reason, message: impl Into<String>) -> Self {
+        Self {
+            errno,
+            reason,
+            stage: Stage::None,
+            slot: None,
+            other_slot: None,
+            range: None,
+            message: message.into(),
+            hint: Cow::Borrowed(""),
+        }
+    }
+
+    /// A bad argument: `EINVAL`.
+    pub fn invalid(reason: Reason, message: impl Into<String>) -> Self {
+        Self::new(libc::EINVAL, reason, message)
+    }
+
+    /// The kernel's own refusal of `what`, where no better reason is known.
+    pub fn kernel(errno: Errno, what: &str) -> Self {
+        let reason = match errno.0 {
+            libc::EBADF => Reason::BadFd,
+            libc::EIO => Reason::VmDead,
+            libc::EINTR => Reason::Interrupted,
+            _ => Reason::KernelRefused,
+        };
+        let error = Self::new(errno.0, reason, format!("{what}: {errno}"));
+        match reason {
+            Reason::BadFd => error.hint("pass a file descriptor that is open and of the kind the call needs"),
+            Reason::VmDead => {
+                error.hint("the VM is dead, or belongs to another process (after fork, use it in the parent only)")
+            }
+            Reason::Interrupted => error.hint("call again: nothing was lost"),
+            _ => error,
+        }
+    }
+
+    /// Says what to do.
+    pub fn hint(mut self, hint: impl Into<Cow<'static, str>>) -> Self {
+        self.hint = hint.into();
+        self
+    }
+
+    /// Says in which stage.
+    pub fn stage(mut self, stage: Stage) -> Self {
+        self.stage = stage;
+        self
+    }
+
+    /// Says which slot.
+    pub fn slot(mut self, slot: u32) -> Self {
+        self.slot = Some(slot);
+        self
+    }
+
+    /// Says which other slot.
+    pub fn other_slot(mut self, slot: u32) -> Self {
+        self.other_slot = Some(slot);
+        self
+    }
+
+    /// Says which guest range.
+    pub fn range(mut self, range: Range) -> Self {
+        self.range = Some(range);
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reason_names_are_distinct_and_numbers_dense() {
+        let mut names: Vec<_> = Reason::ALL.iter().map(|r| r.name()).collect();
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), Reason::ALL.len());
+        for (number, reason) in Reason::ALL.iter().enumerate() {
+            assert_eq!(*reason as usize, number);
+        }
+    }
+}

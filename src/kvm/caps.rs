@@ -1,0 +1,72 @@
+//! What one kernel and one VM offer, asked once.
+
+use super::uapi::KVM_CAP_GUEST_MEMFD_FLAGS;
+use super::{Errno, Kernel, Sys, ioctls};
+use std::os::fd::RawFd;
+
+pub use ioctls::QUIRK_SLOT_ZAP_ALL;
+
+const KVM_CAP_NR_MEMSLOTS: u32 = 10;
+const KVM_CAP_READONLY_MEM: u32 = 81;
+const KVM_CAP_MULTI_ADDRESS_SPACE: u32 = 118;
+const KVM_CAP_DISABLE_QUIRKS2: u32 = 213;
+const KVM_CAP_MEMORY_ATTRIBUTES: u32 = 233;
+const KVM_CAP_GUEST_MEMFD: u32 = 234;
+const KVM_CAP_VM_TYPES: u32 = 235;
+const KVM_CAP_PRE_FAULT_MEMORY: u32 = 236;
+
+/// What the kernel offers.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Caps {
+    /// The kernel's release: major, minor, patch.
+    pub release: [u32; 3],
+    /// It claims `KVM_PRE_FAULT_MEMORY` (only the ioctl's own answer proves it).
+    pub pre_fault: bool,
+    /// The slot-zap-all quirk exists and can be disabled.
+    pub can_keep_mappings: bool,
+    /// Read-only memslots.
+    pub read_only: bool,
+    /// guest_memfd.
+    pub guest_memfd: bool,
+    /// `GUEST_MEMFD_FLAG_*` that may be used.
+    pub guest_memfd_flags: u64,
+    /// `KVM_MEMORY_ATTRIBUTE_*` that may be set.
+    pub memory_attributes: u64,
+    /// Bitmap of VM types.
+    pub vm_types: u64,
+    /// Memslots an address space may have.
+    pub memslots: u32,
+    /// Address spaces.
+    pub address_spaces: u32,
+    /// Bits of a physical address of this host.
+    pub gpa_bits: u32,
+}
+
+impl Caps {
+    /// Asks the VM where there is one, `/dev/kvm` else: their answers differ, and the VM's is the one that holds.
+    pub fn probe(kernel: &dyn Kernel, kvm: Option<RawFd>, vm: Option<RawFd>) -> Sys<Self> {
+        let fd = vm.or(kvm).ok_or(Errno(libc::EBADF))?;
+        let ask = |capability| kernel.check_extension(fd, capability);
+        // The VM answers VM_TYPES as well; all but the newest kernels ignore the fd for it.
+        Ok(Self {
+            release: release(kernel),
+            pre_fault: ask(KVM_CAP_PRE_FAULT_MEMORY)? != 0,
+            can_keep_mappings: QUIRK_SLOT_ZAP_ALL != 0
+                && u64::from(ask(KVM_CAP_DISABLE_QUIRKS2)?) & QUIRK_SLOT_ZAP_ALL != 0,
+            read_only: ask(KVM_CAP_READONLY_MEM)? != 0,
+            guest_memfd: ask(KVM_CAP_GUEST_MEMFD)? != 0,
+            guest_memfd_flags: ask(KVM_CAP_GUEST_MEMFD_FLAGS)?.into(),
+            memory_attributes: ask(KVM_CAP_MEMORY_ATTRIBUTES)?.into(),
+            vm_types: ask(KVM_CAP_VM_TYPES)?.into(),
+            memslots: ask(KVM_CAP_NR_MEMSLOTS)?,
+            address_spaces: ask(KVM_CAP_MULTI_ADDRESS_SPACE)?.max(1),
+            gpa_bits: ioctls::physical_address_bits(),
+        })
+    }
+}
+
+fn release(kernel: &dyn Kernel) -> [u32; 3] {
+    let text = kernel.read_file("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = text.split(|c: char| !c.is_ascii_digit()).map_while(|n| n.parse().ok());
+    std::array::from_fn(|_| numbers.next().unwrap_or(0))
+}

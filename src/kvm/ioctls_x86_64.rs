@@ -1,0 +1,124 @@
+//! KVM's ioctls on x86-64, each a thin safe function over the one `ioctl` of the floor.
+//!
+//! A wrong descriptor is the kernel's to refuse (EBADF, ENOTTY); no structure passed here points at memory.
+
+use super::linux::{ioctl, ioctl_value};
+use super::uapi::KVM_PRE_FAULT_MEMORY;
+use super::{Errno, ExitRequest, MEM_GUEST_MEMFD, Region, Sys};
+use crate::range::Range;
+use kvm_bindings as kvm;
+use libc::c_ulong;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicU8, Ordering};
+
+const KVM_CHECK_EXTENSION: c_ulong = 0xae03;
+const KVM_SET_USER_MEMORY_REGION: c_ulong = 0x4020_ae46;
+const KVM_SET_USER_MEMORY_REGION2: c_ulong = 0x40a0_ae49;
+const KVM_ENABLE_CAP: c_ulong = 0x4068_aea3;
+const KVM_GET_STATS_FD: c_ulong = 0xaece;
+
+/// The quirk by which deleting any slot drops the mappings of all.
+pub const QUIRK_SLOT_ZAP_ALL: u64 = kvm::KVM_X86_QUIRK_SLOT_ZAP_ALL as u64;
+
+pub fn check_extension(fd: RawFd, capability: u32) -> Sys<u32> {
+    ioctl_value(fd, KVM_CHECK_EXTENSION, capability as c_ulong)
+}
+
+pub fn disable_quirks(vm: RawFd, mask: u64) -> Sys<()> {
+    let mut cap =
+        kvm::kvm_enable_cap { cap: kvm::KVM_CAP_DISABLE_QUIRKS2, args: [mask, 0, 0, 0], ..Default::default() };
+    ioctl(vm, KVM_ENABLE_CAP, &mut cap)
+}
+
+pub fn set_region(vm: RawFd, region: &Region) -> Sys<()> {
+    if region.flags & MEM_GUEST_MEMFD == 0 {
+        // The first version does the same and is known to every kernel.
+        let mut v1 = kvm::kvm_userspace_memory_region {
+            slot: region.slot,
+            flags: region.flags,
+            guest_phys_addr: region.gpa,
+            memory_size: region.size,
+            userspace_addr: region.hva,
+        };
+        return ioctl(vm, KVM_SET_USER_MEMORY_REGION, &mut v1);
+    }
+    let mut v2 = kvm::kvm_userspace_memory_region2 {
+        slot: region.slot,
+        flags: region.flags,
+        guest_phys_addr: region.gpa,
+        memory_size: region.size,
+        userspace_addr: region.hva,
+        guest_memfd_offset: region.guest_memfd_offset,
+        guest_memfd: region.guest_memfd as u32,
+        ..Default::default()
+    };
+    ioctl(vm, KVM_SET_USER_MEMORY_REGION2, &mut v2)
+}
+
+pub fn pre_fault(vcpu: RawFd, range: Range) -> Sys<Option<Range>> {
+    let mut arg = kvm::kvm_pre_fault_memory { gpa: range.start, size: range.size(), ..Default::default() };
+    ioctl(vcpu, KVM_PRE_FAULT_MEMORY, &mut arg)?;
+    // The kernel keeps gpa + size constant. An answer that breaks this comes from something else that has
+    // the same number: to believe it would be to skip memory.
+    if arg.gpa.checked_add(arg.size) != Some(range.end) || arg.gpa < range.start {
+        return Err(Errno(libc::ENOTTY));
+    }
+    Ok(Range::between(arg.gpa, range.end))
+}
+
+pub fn stats_fd(fd: RawFd) -> Sys<OwnedFd> {
+    let stats = ioctl_value(fd, KVM_GET_STATS_FD, 0)?;
+    // SAFETY: the ioctl has just opened this descriptor for us; nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(stats as RawFd) })
+}
+
+/// The first page of a vCPU's `kvm_run`, mapped.
+struct RunPage(*const AtomicU8);
+
+// SAFETY: the mapping belongs to the process, not to a thread, and is only read, atomically.
+unsafe impl Send for RunPage {}
+
+impl ExitRequest for RunPage {
+    fn is_set(&self) -> bool {
+        // SAFETY: the page stays mapped until drop; immediate_exit is a byte that its owner may write at any
+        // time from a signal handler, hence the atomic load.
+        unsafe { &*self.0.add(std::mem::offset_of!(kvm::kvm_run, immediate_exit)) }.load(Ordering::Relaxed) != 0
+    }
+}
+
+impl Drop for RunPage {
+    fn drop(&mut self) {
+        // SAFETY: maps exactly what `exit_request` mapped, once.
+        unsafe { libc::munmap(self.0 as *mut libc::c_void, crate::range::PAGE as usize) };
+    }
+}
+
+pub fn exit_request(vcpu: RawFd) -> Sys<Box<dyn ExitRequest>> {
+    // SAFETY: a fresh mapping at an address of the kernel's choice touches nothing of ours.
+    let page = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            crate::range::PAGE as usize,
+            libc::PROT_READ,
+            libc::MAP_SHARED,
+            vcpu,
+            0,
+        )
+    };
+    if page == libc::MAP_FAILED {
+        return Err(super::linux::last_errno());
+    }
+    Ok(Box::new(RunPage(page as *const AtomicU8)))
+}
+
+/// Physical address bits of this CPU.
+pub fn physical_address_bits() -> u32 {
+    #[allow(unused_unsafe, reason = "safe to call since Rust 1.94")]
+    // SAFETY: CPUID exists on every x86-64.
+    unsafe {
+        if std::arch::x86_64::__cpuid(0x8000_0000).eax < 0x8000_0008 {
+            return 36;
+        }
+        std::arch::x86_64::__cpuid(0x8000_0008).eax & 0xff
+    }
+}

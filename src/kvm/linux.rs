@@ -1,0 +1,318 @@
+//! The real kernel: the library's only system calls.
+//!
+//! Each function is safe for any argument, since what the kernel does with a wrong descriptor or address is to
+//! refuse it; nothing here changes the content of memory that is not the library's own.
+
+use super::uapi::*;
+use super::{
+    Access, Errno, ExitRequest, FileKind, Kernel, MappedObject, Mapping, Region, Stats, Sys, ioctls, maps,
+};
+use crate::range::{HUGE, PAGE, Range};
+use libc::{c_int, c_ulong, c_void};
+use once_cell::sync::OnceCell;
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::AtomicU32;
+use std::time::Duration;
+
+pub(super) fn last_errno() -> Errno {
+    Errno(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO))
+}
+
+fn check(result: c_int) -> Sys<c_int> {
+    if result < 0 { Err(last_errno()) } else { Ok(result) }
+}
+
+/// An ioctl that reads or writes one structure.
+pub(super) fn ioctl<T>(fd: RawFd, request: c_ulong, argument: &mut T) -> Sys<()> {
+    // SAFETY: the size encoded in each request of ours is T's; the kernel touches no more than that.
+    check(unsafe { libc::ioctl(fd, request, std::ptr::from_mut(argument)) }).map(drop)
+}
+
+/// An ioctl whose argument and answer are numbers.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn ioctl_value(fd: RawFd, request: c_ulong, argument: c_ulong) -> Sys<u32> {
+    // SAFETY: no memory is passed.
+    check(unsafe { libc::ioctl(fd, request, argument) }).map(|value| value as u32)
+}
+
+/// Blocks, for the calling thread, every signal but those a fault of its own raises. Returns a guard that puts
+/// the old mask back: a thread started meanwhile is born with the signals blocked, without a gap.
+pub fn block_asynchronous_signals() -> impl Drop {
+    struct Restore(libc::sigset_t);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            // SAFETY: the mask is one that the kernel gave.
+            unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.0, std::ptr::null_mut()) };
+        }
+    }
+    // SAFETY: both sets are initialised by sigfillset before use, or written by the kernel.
+    unsafe {
+        let (mut all, mut old) = (std::mem::zeroed(), std::mem::zeroed());
+        libc::sigfillset(&mut all);
+        for synchronous in [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP, libc::SIGSYS] {
+            libc::sigdelset(&mut all, synchronous);
+        }
+        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut old);
+        Restore(old)
+    }
+}
+
+/// The kernel this process runs on. Files of `/proc/self` are opened once, when first needed, and belong to the
+/// handle; they are close-on-exec.
+#[derive(Default)]
+pub struct Linux {
+    maps: OnceCell<File>,
+    pagemap: OnceCell<File>,
+}
+
+fn open(path: &str) -> Sys<File> {
+    File::open(path).map_err(|error| Errno(error.raw_os_error().unwrap_or(libc::EIO)))
+}
+
+/// Whether the kernel just said that it does not know this request.
+fn is_unknown(errno: Errno) -> bool {
+    matches!(errno.0, libc::ENOTTY | libc::EINVAL | libc::ENOSYS)
+}
+
+impl Linux {
+    fn mapping_by_query(&self, hva: u64) -> Sys<Option<Mapping>> {
+        let file = self.maps.get_or_try_init(|| open("/proc/self/maps"))?;
+        let mut name = [0u8; 256];
+        let mut query = procmap_query {
+            size: size_of::<procmap_query>() as u64,
+            query_flags: PROCMAP_QUERY_COVERING_OR_NEXT_VMA,
+            query_addr: hva,
+            vma_name_size: name.len() as u32,
+            vma_name_addr: name.as_mut_ptr() as u64,
+            ..Default::default()
+        };
+        match ioctl(file.as_raw_fd(), PROCMAP_QUERY, &mut query) {
+            Err(Errno(libc::ENOENT)) => return Ok(None),
+            Err(Errno(libc::ENAMETOOLONG)) => {
+                // A name that long is some file's; none of the names looked for is.
+                query.vma_name_size = 0;
+                query.vma_name_addr = 0;
+                ioctl(file.as_raw_fd(), PROCMAP_QUERY, &mut query)?;
+            }
+            other => other?,
+        }
+        let length = name.iter().position(|b| *b == 0).unwrap_or(name.len());
+        let name = String::from_utf8_lossy(&name[..length]);
+        Ok(Some(Mapping {
+            start: query.vma_start,
+            end: query.vma_end,
+            writable: query.vma_flags & PROCMAP_QUERY_VMA_WRITABLE != 0,
+            shared: query.vma_flags & PROCMAP_QUERY_VMA_SHARED != 0,
+            page_size: query.vma_page_size,
+            object: maps::object(&name, query.inode, query.vma_page_size),
+        }))
+    }
+
+    fn resident_by_scan(&self, pagemap: &File, start: u64, end: u64) -> Sys<Option<(u64, u64)>> {
+        let mut region = page_region::default();
+        let mut scan = pm_scan_arg {
+            size: size_of::<pm_scan_arg>() as u64,
+            start,
+            end,
+            vec: std::ptr::from_mut(&mut region) as u64,
+            vec_len: 1,
+            category_inverted: PAGE_IS_PFNZERO,
+            category_mask: PAGE_IS_PRESENT | PAGE_IS_PFNZERO,
+            return_mask: PAGE_IS_PRESENT,
+            ..Default::default()
+        };
+        // SAFETY: the kernel writes at most one page_region to `vec`, which lives across the call.
+        let found = check(unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &mut scan) })?;
+        Ok((found > 0).then_some((region.start, region.end)))
+    }
+
+    fn resident_by_pagemap(&self, pagemap: &File, start: u64, end: u64) -> Sys<Option<(u64, u64)>> {
+        let mut run: Option<(u64, u64)> = None;
+        let mut words = [0u64; 64];
+        let mut at = start;
+        while at < end {
+            let count = ((end - at) / PAGE).min(words.len() as u64) as usize;
+            // SAFETY: `words` has room for what is asked.
+            let read = unsafe {
+                libc::pread(
+                    pagemap.as_raw_fd(),
+                    words.as_mut_ptr() as *mut c_void,
+                    count * 8,
+                    (at / PAGE * 8) as i64,
+                )
+            };
+            match read {
+                ..0 => return Err(last_errno()),
+                0..8 => break,
+                _ => {}
+            }
+            for word in &words[..read as usize / 8] {
+                match (&mut run, word & PAGEMAP_PRESENT != 0) {
+                    (None, true) => run = Some((at, at + PAGE)),
+                    (Some((_, end)), true) => *end = at + PAGE,
+                    (Some(_), false) => return Ok(run),
+                    (None, false) => {}
+                }
+                at += PAGE;
+            }
+        }
+        Ok(run)
+    }
+}
+
+impl Kernel for Linux {
+    fn check_extension(&self, fd: RawFd, capability: u32) -> Sys<u32> {
+        ioctls::check_extension(fd, capability)
+    }
+
+    fn disable_quirks(&self, vm: RawFd, mask: u64) -> Sys<()> {
+        ioctls::disable_quirks(vm, mask)
+    }
+
+    fn set_region(&self, vm: RawFd, region: &Region) -> Sys<()> {
+        ioctls::set_region(vm, region)
+    }
+
+    fn pre_fault(&self, vcpu: RawFd, range: Range) -> Sys<Option<Range>> {
+        ioctls::pre_fault(vcpu, range)
+    }
+
+    fn stats(&self, fd: RawFd) -> Sys<Stats> {
+        let file = File::from(ioctls::stats_fd(fd)?);
+        Stats::decode(|offset, buffer| {
+            std::os::unix::fs::FileExt::read_exact_at(&file, buffer, offset)
+                .map_err(|error| Errno(error.raw_os_error().unwrap_or(libc::EIO)))
+        })
+    }
+
+    fn exit_request(&self, vcpu: RawFd) -> Sys<Box<dyn ExitRequest>> {
+        ioctls::exit_request(vcpu)
+    }
+
+    fn populate(&self, hva: u64, size: u64, access: Access) -> Sys<()> {
+        let advice = match access {
+            Access::Read => libc::MADV_POPULATE_READ,
+            Access::Write => libc::MADV_POPULATE_WRITE,
+        };
+        // SAFETY: populating changes no content; an address that is not mapped is refused.
+        check(unsafe { libc::madvise(hva as *mut c_void, size as usize, advice) }).map(drop)
+    }
+
+    fn advise_huge(&self, hva: u64, size: u64) -> Sys<()> {
+        // SAFETY: advice changes no content; an address that is not mapped is refused.
+        check(unsafe { libc::madvise(hva as *mut c_void, size as usize, libc::MADV_HUGEPAGE) }).map(drop)
+    }
+
+    fn allocate(&self, fd: RawFd, offset: u64, size: u64) -> Sys<()> {
+        // SAFETY: no memory is passed; allocating fills holes and changes no content.
+        check(unsafe { libc::fallocate(fd, libc::FALLOC_FL_KEEP_SIZE, offset as i64, size as i64) }).map(drop)
+    }
+
+    fn file_kind(&self, fd: RawFd) -> Sys<FileKind> {
+        // SAFETY: fstatfs fills the structure, or fails and it is not read.
+        let stat = unsafe {
+            let mut stat: libc::statfs = std::mem::zeroed();
+            check(libc::fstatfs(fd, &mut stat))?;
+            stat
+        };
+        Ok(match stat.f_type {
+            libc::HUGETLBFS_MAGIC => {
+                FileKind { object: MappedObject::Hugetlb, page_size: stat.f_bsize as u64 }
+            }
+            libc::TMPFS_MAGIC => FileKind { object: MappedObject::Shmem, page_size: PAGE },
+            _ => FileKind { object: MappedObject::File, page_size: PAGE },
+        })
+    }
+
+    fn mapping(&self, hva: u64) -> Sys<Option<Mapping>> {
+        match self.mapping_by_query(hva) {
+            Err(errno) if is_unknown(errno) => Ok(maps::find(&self.read_file("/proc/self/maps")?, hva)),
+            answer => answer,
+        }
+    }
+
+    fn resident(&self, start: u64, end: u64) -> Sys<Option<(u64, u64)>> {
+        let pagemap = self.pagemap.get_or_try_init(|| open("/proc/self/pagemap"))?;
+        match self.resident_by_scan(pagemap, start, end) {
+            Err(errno) if is_unknown(errno) => self.resident_by_pagemap(pagemap, start, end),
+            answer => answer,
+        }
+    }
+
+    fn cached(&self, hva: u64, size: u64) -> Sys<u64> {
+        let mut pages = [0u8; (HUGE / PAGE) as usize];
+        let size = size.min(HUGE);
+        // SAFETY: the kernel writes one byte a page of `size`, for which there is room.
+        check(unsafe { libc::mincore(hva as *mut c_void, size as usize, pages.as_mut_ptr()) })?;
+        Ok(pages.iter().filter(|page| **page & 1 != 0).count() as u64 * PAGE)
+    }
+
+    fn file_name(&self, fd: RawFd) -> Option<String> {
+        let path = std::fs::read_link(format!("/proc/self/fd/{fd}")).ok()?;
+        Some(path.to_string_lossy().into_owned())
+    }
+
+    fn read_file(&self, path: &str) -> Sys<String> {
+        let mut text = String::new();
+        open(path)?
+            .read_to_string(&mut text)
+            .map_err(|error| Errno(error.raw_os_error().unwrap_or(libc::EIO)))?;
+        Ok(text)
+    }
+
+    fn wait(&self, word: &AtomicU32, seen: u32, timeout: Duration) -> Sys<()> {
+        let timeout = libc::timespec {
+            tv_sec: timeout.as_secs().try_into().unwrap_or(libc::time_t::MAX),
+            tv_nsec: timeout.subsec_nanos().into(),
+        };
+        // SAFETY: the word outlives the call; a futex only reads it.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_futex,
+                word.as_ptr(),
+                libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG,
+                seen,
+                &timeout,
+            )
+        };
+        match check(result as c_int) {
+            Err(Errno(libc::EAGAIN | libc::ETIMEDOUT)) => Ok(()),
+            other => other.map(drop),
+        }
+    }
+
+    fn wake(&self, word: &AtomicU32) {
+        // SAFETY: waking reads nothing from the word.
+        unsafe {
+            libc::syscall(
+                libc::SYS_futex,
+                word.as_ptr(),
+                libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG,
+                c_int::MAX,
+            )
+        };
+    }
+
+    fn event(&self) -> Sys<OwnedFd> {
+        // SAFETY: makes a descriptor, which becomes ours alone.
+        unsafe {
+            let fd = check(libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK | libc::EFD_SEMAPHORE))?;
+            Ok(OwnedFd::from_raw_fd(fd))
+        }
+    }
+
+    fn event_add(&self, event: &OwnedFd, count: u64) -> Sys<()> {
+        // SAFETY: writes eight bytes from a live u64.
+        let written = unsafe { libc::write(event.as_raw_fd(), std::ptr::from_ref(&count) as *const c_void, 8) };
+        check(written as c_int).map(drop)
+    }
+
+    fn event_take(&self, event: &OwnedFd) -> Sys<()> {
+        let mut count = 0u64;
+        // SAFETY: reads eight bytes into a live u64.
+        let read = unsafe { libc::read(event.as_raw_fd(), std::ptr::from_mut(&mut count) as *mut c_void, 8) };
+        check(read as c_int).map(drop)
+    }
+}

@@ -1,0 +1,69 @@
+//! The text of `/proc/self/maps`, for kernels before 6.11, and what a mapping's name says of it.
+//!
+//! Pure text handling; who opens the file is not its business.
+
+use super::{MappedObject, Mapping};
+
+/// What a mapping of this name, inode and page size is.
+pub fn object(name: &str, inode: u64, page_size: u64) -> MappedObject {
+    if page_size > crate::range::PAGE || name.starts_with("/anon_hugepage") {
+        MappedObject::Hugetlb
+    } else if name.contains("[kvm-gmem]") {
+        MappedObject::GuestMemfd
+    } else if inode == 0 {
+        MappedObject::Anonymous
+    } else if ["/memfd:", "/dev/zero", "/dev/shm/", "/SYSV"].iter().any(|start| name.starts_with(start)) {
+        MappedObject::Shmem
+    } else {
+        MappedObject::File
+    }
+}
+
+/// The mapping at `hva`, or the next above it, in the text of a maps file.
+pub fn find(text: &str, hva: u64) -> Option<Mapping> {
+    text.lines().filter_map(parse).find(|m| m.end > hva)
+}
+
+/// One line: `start-end perms offset dev inode    name`.
+fn parse(line: &str) -> Option<Mapping> {
+    let mut fields = line.split_ascii_whitespace();
+    let (start, end) = fields.next()?.split_once('-')?;
+    let permissions = fields.next()?;
+    let inode = fields.nth(2)?.parse().ok()?;
+    let name = fields.next().unwrap_or("");
+    let page_size = 0;
+    Some(Mapping {
+        start: u64::from_str_radix(start, 16).ok()?,
+        end: u64::from_str_radix(end, 16).ok()?,
+        writable: permissions.as_bytes().get(1) == Some(&b'w'),
+        shared: permissions.as_bytes().get(3) == Some(&b's'),
+        page_size,
+        object: object(name, inode, page_size),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str = "\
+7f0000000000-7f0000001000 r--p 00000000 00:00 0 \n\
+7f0000002000-7f0000004000 rw-s 00000000 00:01 1034 /memfd:guest (deleted)\n\
+7f0000200000-7f0000400000 rw-p 00000000 00:0f 20 /anon_hugepage (deleted)\n\
+7f0000400000-7f0000401000 rw-p 00001000 08:01 20 /var/lib/snapshot\n\
+7f0000401000-7f0000402000 rw-s 00000000 00:0e 9 anon_inode:[kvm-gmem]\n";
+
+    #[test]
+    fn finds_the_mapping_or_the_next() {
+        let at = |hva| find(TEXT, hva).unwrap();
+        assert_eq!(at(0x7f00_0000_0fff).object, MappedObject::Anonymous);
+        assert!(!at(0x7f00_0000_0000).writable);
+        assert_eq!(at(0x7f00_0000_1000).start, 0x7f00_0000_2000);
+        assert_eq!(at(0x7f00_0000_3fff).object, MappedObject::Shmem);
+        assert!(at(0x7f00_0000_3fff).shared && at(0x7f00_0000_3fff).writable);
+        assert_eq!(at(0x7f00_0020_0000).object, MappedObject::Hugetlb);
+        assert_eq!(at(0x7f00_0040_0000).object, MappedObject::File);
+        assert_eq!(at(0x7f00_0040_1000).object, MappedObject::GuestMemfd);
+        assert_eq!(find(TEXT, 0x7f00_0040_2000), None);
+    }
+}

@@ -1,0 +1,170 @@
+//! What the kernel offers, behind one trait.
+//!
+//! All that the library ever asks of Linux and KVM is a method of [`Kernel`]; [`Linux`] is the real one. A test
+//! or a benchmark puts its own beneath the library and so can fail any system call, or answer none of them.
+//! Nothing in here decides what to do about an answer.
+
+mod linux;
+mod maps;
+mod stats;
+mod uapi;
+
+#[cfg(target_arch = "x86_64")]
+#[path = "ioctls_x86_64.rs"]
+mod ioctls;
+#[cfg(not(target_arch = "x86_64"))]
+#[path = "ioctls_none.rs"]
+mod ioctls;
+
+pub mod caps;
+
+pub use linux::{Linux, block_asynchronous_signals};
+pub use stats::Stats;
+
+use crate::range::Range;
+use std::os::fd::{OwnedFd, RawFd};
+use std::sync::atomic::AtomicU32;
+use std::time::Duration;
+
+/// An errno as the kernel gave it, positive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Errno(pub i32);
+
+impl std::fmt::Display for Errno {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", std::io::Error::from_raw_os_error(self.0))
+    }
+}
+
+impl std::error::Error for Errno {}
+
+/// What a system call answers.
+pub type Sys<T> = Result<T, Errno>;
+
+/// `KVM_MEM_LOG_DIRTY_PAGES`.
+pub const MEM_LOG_DIRTY_PAGES: u32 = 1 << 0;
+/// `KVM_MEM_READONLY`.
+pub const MEM_READONLY: u32 = 1 << 1;
+/// `KVM_MEM_GUEST_MEMFD`.
+pub const MEM_GUEST_MEMFD: u32 = 1 << 2;
+
+/// A memory region as KVM takes it, in KVM's own encoding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Region {
+    /// Slot number, its address space in the upper half.
+    pub slot: u32,
+    /// `KVM_MEM_*`.
+    pub flags: u32,
+    /// Guest physical address, bytes.
+    pub gpa: u64,
+    /// Bytes; 0 deletes the slot.
+    pub size: u64,
+    /// Address in this process, bytes.
+    pub hva: u64,
+    /// The guest_memfd, where the flags say there is one.
+    pub guest_memfd: RawFd,
+    /// Offset into it, bytes.
+    pub guest_memfd_offset: u64,
+}
+
+/// How memory is touched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// As by a read: never breaks copy-on-write.
+    Read,
+    /// As by a write, content unchanged.
+    Write,
+}
+
+/// What lies behind a mapping of this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MappedObject {
+    /// Anonymous memory.
+    Anonymous,
+    /// Shared memory without a file system of its own: memfd, tmpfs, shared anonymous.
+    Shmem,
+    /// Huge pages from a pool.
+    Hugetlb,
+    /// A guest_memfd.
+    GuestMemfd,
+    /// A file on any other file system.
+    File,
+}
+
+/// One mapping of this process, as the kernel tells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mapping {
+    /// First byte.
+    pub start: u64,
+    /// One past the last byte.
+    pub end: u64,
+    /// `PROT_WRITE`.
+    pub writable: bool,
+    /// `MAP_SHARED`.
+    pub shared: bool,
+    /// Bytes in a page of it; 0 where the kernel does not say.
+    pub page_size: u64,
+    /// What lies behind.
+    pub object: MappedObject,
+}
+
+/// The kind of file behind a descriptor, as far as populating cares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileKind {
+    /// What a mapping of it is.
+    pub object: MappedObject,
+    /// Bytes in a page of it.
+    pub page_size: u64,
+}
+
+/// A place in this process where a vCPU's owner can say "come out": the `immediate_exit` byte of `kvm_run`.
+pub trait ExitRequest: Send {
+    /// Whether the owner has asked.
+    fn is_set(&self) -> bool;
+}
+
+/// Every system call of the library.
+pub trait Kernel: Send + Sync {
+    /// `KVM_CHECK_EXTENSION` on `/dev/kvm` or a VM.
+    fn check_extension(&self, fd: RawFd, capability: u32) -> Sys<u32>;
+    /// Disables quirks of a VM for good (`KVM_CAP_DISABLE_QUIRKS2`).
+    fn disable_quirks(&self, vm: RawFd, mask: u64) -> Sys<()>;
+    /// `KVM_SET_USER_MEMORY_REGION2`, or the first version where the region needs no more than that.
+    fn set_region(&self, vm: RawFd, region: &Region) -> Sys<()>;
+    /// `KVM_PRE_FAULT_MEMORY`: returns what is left of `range`, `None` when nothing is.
+    fn pre_fault(&self, vcpu: RawFd, range: Range) -> Sys<Option<Range>>;
+    /// The binary statistics of a vCPU or VM.
+    fn stats(&self, fd: RawFd) -> Sys<Stats>;
+    /// Watches a vCPU's `immediate_exit`.
+    fn exit_request(&self, vcpu: RawFd) -> Sys<Box<dyn ExitRequest>>;
+
+    /// `MADV_POPULATE_READ` or `_WRITE`.
+    fn populate(&self, hva: u64, size: u64, access: Access) -> Sys<()>;
+    /// `MADV_HUGEPAGE`.
+    fn advise_huge(&self, hva: u64, size: u64) -> Sys<()>;
+    /// `fallocate`, keeping the size.
+    fn allocate(&self, fd: RawFd, offset: u64, size: u64) -> Sys<()>;
+    /// What kind of file this is.
+    fn file_kind(&self, fd: RawFd) -> Sys<FileKind>;
+    /// The mapping at `hva`, or the next above it; `None` when there is none.
+    fn mapping(&self, hva: u64) -> Sys<Option<Mapping>>;
+    /// The first run of pages in `[start, end)` that this process's page tables hold, zero page apart.
+    fn resident(&self, start: u64, end: u64) -> Sys<Option<(u64, u64)>>;
+    /// How many bytes of a mapping's object are in memory, mapped here or not (`mincore`); at most 2 MiB.
+    fn cached(&self, hva: u64, size: u64) -> Sys<u64>;
+    /// What the kernel calls an open descriptor; `None` when that cannot be read.
+    fn file_name(&self, fd: RawFd) -> Option<String>;
+    /// The content of a small file of `/proc` or `/sys`.
+    fn read_file(&self, path: &str) -> Sys<String>;
+
+    /// Sleeps while `*word == seen`; returns on a wake, a change, the time out, or with `EINTR`.
+    fn wait(&self, word: &AtomicU32, seen: u32, timeout: Duration) -> Sys<()>;
+    /// Wakes all who sleep on `word`.
+    fn wake(&self, word: &AtomicU32);
+    /// A fresh eventfd, semaphore-like, non-blocking, close-on-exec.
+    fn event(&self) -> Sys<OwnedFd>;
+    /// Adds `count` to an eventfd.
+    fn event_add(&self, event: &OwnedFd, count: u64) -> Sys<()>;
+    /// Takes one from an eventfd.
+    fn event_take(&self, event: &OwnedFd) -> Sys<()>;
+}

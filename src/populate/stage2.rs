@@ -1,0 +1,131 @@
+//! The stage-2 stage: KVM's page tables for the guest, filled by `KVM_PRE_FAULT_MEMORY`.
+//!
+//! One vCPU, one range, until nothing is left or a reason to stop. Every answer that the ioctl can give is
+//! sorted here, once: what to repeat, what to hand to another vCPU, what ends the work.
+
+use crate::error::{Error, Reason, Stage};
+use crate::kvm::{Errno, Kernel};
+use crate::range::Range;
+use std::os::fd::RawFd;
+use std::time::Duration;
+
+/// How a pre-fault ended. Each but `Done` carries what is left.
+#[derive(Debug)]
+pub enum Outcome {
+    /// All of it is mapped.
+    Done,
+    /// A signal came.
+    Interrupted(Range),
+    /// This vCPU cannot, now: it is in SMM or runs a nested guest, or its VM is not finalised.
+    VcpuRefused(Range),
+    /// This kernel has no such ioctl.
+    Unavailable(Range),
+    /// The caller's patience said stop.
+    Stopped(Range),
+    /// Anything else.
+    Failed(Range, Error),
+}
+
+/// How a worker bears with refusals that pass.
+pub trait Patience {
+    /// Whether a signal ends the call. It does not on a thread whose signals are blocked: an `EINTR` there is the
+    /// kernel's way of saying "again".
+    fn yields_to_signals(&self) -> bool;
+    /// Waits before the next try; false: stop trying.
+    fn pause(&self, length: Duration) -> bool;
+}
+
+/// The shortest and longest pause, and how long all may last together. A slot's deletion takes milliseconds; two
+/// seconds are for a host that is swapping.
+const SHORTEST: Duration = Duration::from_micros(50);
+const LONGEST: Duration = Duration::from_millis(10);
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Maps `range` through `vcpu`.
+pub fn pre_fault(kernel: &dyn Kernel, vcpu: RawFd, range: Range, patience: &dyn Patience) -> Outcome {
+    let mut rest = range;
+    let mut pause = SHORTEST;
+    let mut waited = Duration::ZERO;
+    loop {
+        match kernel.pre_fault(vcpu, rest) {
+            Ok(None) => return Outcome::Done,
+            Ok(Some(left)) if left.start > rest.start => {
+                rest = left;
+                (pause, waited) = (SHORTEST, Duration::ZERO);
+                continue;
+            }
+            // No progress and no error: as good as "again".
+            Ok(Some(_)) => {}
+            Err(errno) => match errno.0 {
+                libc::EINTR if patience.yields_to_signals() => return Outcome::Interrupted(rest),
+                libc::EINTR | libc::EAGAIN => {}
+                libc::EOPNOTSUPP => return Outcome::VcpuRefused(rest),
+                // What an unknown ioctl answers: EINVAL from KVM on x86-64, ENOTTY from others. The arguments
+                // were checked before and cannot be what is invalid.
+                libc::ENOTTY | libc::ENOSYS | libc::EINVAL if is_vcpu(kernel, vcpu) => {
+                    return Outcome::Unavailable(rest);
+                }
+                _ => return Outcome::Failed(rest, explain(errno, vcpu, rest)),
+            },
+        }
+        if waited >= PATIENCE {
+            return Outcome::Failed(rest, gave_up(rest));
+        }
+        if !patience.pause(pause) {
+            return Outcome::Stopped(rest);
+        }
+        waited += pause;
+        pause = (pause * 2).min(LONGEST);
+    }
+}
+
+/// Whether the descriptor is not known to be something else than a vCPU.
+fn is_vcpu(kernel: &dyn Kernel, fd: RawFd) -> bool {
+    kernel.file_name(fd).is_none_or(|name| name.contains("kvm-vcpu"))
+}
+
+fn gave_up(rest: Range) -> Error {
+    Error::new(
+        libc::EAGAIN,
+        Reason::RetriesExhausted,
+        format!("guest {rest} stayed unmappable for two seconds: its memslot is being deleted or moved"),
+    )
+    .stage(Stage::Stage2)
+    .range(rest)
+    .hint("announce slot changes with kvmprep_memslot_changing, and populate after them")
+}
+
+fn explain(errno: Errno, vcpu: RawFd, rest: Range) -> Error {
+    let (reason, message, hint) = match errno.0 {
+        libc::ENOENT => (
+            Reason::NoMemslot,
+            format!("KVM has no memslot at guest address {:#x}", rest.start),
+            "tell the handle of every slot change (kvmprep_memslot_note) and announce deletions before they happen",
+        ),
+        libc::EFAULT => (
+            Reason::NoHostMapping,
+            format!("KVM cannot reach the memory behind guest address {:#x}", rest.start),
+            "check that the slot's memory is mapped, that its guest_memfd is open, and its file long enough",
+        ),
+        libc::EHWPOISON => (
+            Reason::Poisoned,
+            format!("the page behind guest address {:#x} is broken hardware", rest.start),
+            "discard the page, or give the guest other memory",
+        ),
+        libc::ENOMEM | libc::ENOSPC => (
+            Reason::MemoryShortage,
+            format!("no memory for the page tables or pages of guest address {:#x}", rest.start),
+            "free memory on the host, or raise the cgroup's limit",
+        ),
+        libc::EIO => (
+            Reason::VmDead,
+            "the VM is dead, or belongs to another process".to_string(),
+            "use the VM in the process that made it; a dead VM must be made anew",
+        ),
+        libc::EBADF | libc::ENOTTY | libc::EINVAL | libc::ENOSYS => {
+            (Reason::BadFd, format!("descriptor {vcpu} is not a vCPU"), "pass what KVM_CREATE_VCPU returned")
+        }
+        _ => (Reason::KernelRefused, format!("pre-faulting guest {rest}: {errno}"), ""),
+    };
+    Error::new(errno.0, reason, message).stage(Stage::Stage2).range(rest).hint(hint)
+}

@@ -1,0 +1,125 @@
+//! Whether a population can fit what the machine has free (`CHECK_FREE`).
+//!
+//! It refuses only what surely cannot fit: need is counted low and supply high, so a refusal is never wrong, and
+//! a pass is no promise.
+
+use super::plan::{HostMethod, Plan, Segment};
+use crate::error::{Error, Reason, Result, Stage};
+use crate::kvm::{Access, Kernel, MappedObject};
+use crate::range::{HUGE, PAGE};
+use std::collections::BTreeMap;
+
+/// Refuses a plan that needs more than there is.
+pub fn check(kernel: &dyn Kernel, plan: &Plan) -> Result<()> {
+    for (page_size, need) in needs(kernel, plan) {
+        let supply = if page_size > PAGE { pool(kernel, page_size) } else { memory(kernel) };
+        let Some((supply, whose)) = supply else { continue };
+        if need > supply {
+            let reason = if page_size > PAGE { Reason::HugetlbShortage } else { Reason::MemoryShortage };
+            return Err(Error::new(
+                libc::ENOMEM,
+                reason,
+                format!("populating needs {} MiB more, and {whose} has {} MiB free", need >> 20, supply >> 20),
+            )
+            .stage(Stage::Host)
+            .hint("free memory, raise the limit named, or populate less"));
+        }
+    }
+    Ok(())
+}
+
+/// Bytes to be allocated, by page size.
+fn needs(kernel: &dyn Kernel, plan: &Plan) -> BTreeMap<u64, u64> {
+    let mut needs = BTreeMap::new();
+    for segment in plan.segments.iter().filter(|s| allocates(s)) {
+        let missing = segment.range.size().saturating_sub(present(kernel, segment));
+        *needs.entry(segment.page_size.max(PAGE)).or_default() += missing;
+    }
+    needs
+}
+
+/// Whether populating this takes memory that cannot be reclaimed at once, as a file's cached pages can.
+fn allocates(segment: &Segment) -> bool {
+    match segment.host {
+        HostMethod::Nothing => false,
+        HostMethod::Allocate | HostMethod::AllocateAndPopulate => true,
+        HostMethod::PopulateRead | HostMethod::PopulateWrite => match segment.backing.object {
+            MappedObject::File => !segment.backing.shared && segment.access == Access::Write,
+            MappedObject::Anonymous => segment.access == Access::Write,
+            _ => true,
+        },
+    }
+}
+
+/// Bytes that are there already. What cannot be known counts as there.
+fn present(kernel: &dyn Kernel, segment: &Segment) -> u64 {
+    let Some(start) = segment.hva else { return 0 };
+    let end = start + segment.range.size();
+    if segment.backing.shared {
+        let parts = (start..end).step_by(HUGE as usize);
+        return parts
+            .map(|at| {
+                let size = HUGE.min(end - at);
+                kernel.cached(at, size).unwrap_or(size)
+            })
+            .sum();
+    }
+    let (mut at, mut sum) = (start, 0);
+    loop {
+        match kernel.resident(at, end) {
+            Ok(Some((first, last))) => {
+                sum += last - first;
+                at = last;
+            }
+            Ok(None) => return sum,
+            Err(_) => return segment.range.size(),
+        }
+    }
+}
+
+/// What a pool of huge pages can still give: its free pages, and those it may still be grown by.
+fn pool(kernel: &dyn Kernel, size: u64) -> Option<(u64, String)> {
+    let directory = format!("/sys/kernel/mm/hugepages/hugepages-{}kB", size >> 10);
+    let count = |name: &str| number(&kernel.read_file(&format!("{directory}/{name}")).ok()?);
+    let growth = count("nr_overcommit_hugepages")?.saturating_sub(count("surplus_hugepages")?);
+    Some(((count("free_hugepages")? + growth) * size, format!("the pool {directory}")))
+}
+
+/// What the machine and every cgroup above this process have free, whichever is least.
+fn memory(kernel: &dyn Kernel) -> Option<(u64, String)> {
+    let meminfo = kernel.read_file("/proc/meminfo").ok()?;
+    let mut least = (field(&meminfo, "MemAvailable:")? << 10, "the machine".to_string());
+    let groups = kernel.read_file("/proc/self/cgroup").unwrap_or_default();
+    let path = groups.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/");
+    let mut path = path.trim_end_matches('/');
+    while !path.is_empty() {
+        let directory = format!("/sys/fs/cgroup{path}");
+        if let Some(free) = cgroup_free(kernel, &directory).filter(|free| *free < least.0) {
+            least = (free, format!("the cgroup {path}"));
+        }
+        path = path.rsplit_once('/').map_or("", |(parent, _)| parent);
+    }
+    Some(least)
+}
+
+/// Limit less use, what can be reclaimed counted as free.
+fn cgroup_free(kernel: &dyn Kernel, directory: &str) -> Option<u64> {
+    let read = |name: &str| kernel.read_file(&format!("{directory}/{name}")).ok();
+    let limit = number(&read("memory.max")?)?;
+    let used = number(&read("memory.current")?)?;
+    let stat = read("memory.stat")?;
+    let cache = field(&stat, "inactive_file")? + field(&stat, "active_file")? + field(&stat, "slab_reclaimable")?;
+    Some(limit.saturating_sub(used.saturating_sub(cache)))
+}
+
+fn number(text: &str) -> Option<u64> {
+    text.trim().parse().ok()
+}
+
+/// The number behind a name in a file of names and numbers.
+fn field(text: &str, name: &str) -> Option<u64> {
+    text.lines().find_map(|line| {
+        let mut words = line.split_ascii_whitespace();
+        (words.next() == Some(name)).then(|| words.next()?.parse().ok())?
+    })
+}

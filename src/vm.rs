@@ -1,0 +1,232 @@
+//! What the library remembers of one guest: its slots, what is populated, and the work under way.
+//!
+//! This is where slot changes meet running work: a change is announced, the work lets go, the change is noted.
+//! It never closes a descriptor of the VMM's and holds no lock across a system call that can wait.
+
+use crate::error::{Error, Reason, Result, Stage};
+use crate::kvm::Kernel;
+use crate::kvm::caps::{Caps, QUIRK_SLOT_ZAP_ALL};
+use crate::memslot::{Memslot, SlotId, SlotRecord, address_space};
+use crate::populate::coverage::{Coverage, Covered, Loss};
+use crate::populate::queue::Queue;
+use crate::range::Range;
+use once_cell::sync::OnceCell;
+use std::os::fd::RawFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+/// How a handle is to be.
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    /// The VM's descriptor; stays the caller's.
+    pub vm_fd: RawFd,
+    /// Bits of a guest physical address; `None`: as many as the host has.
+    pub gpa_bits: Option<u32>,
+    /// Disable the slot-zap-all quirk.
+    pub keep_mappings: bool,
+    /// The caller has disabled that quirk itself.
+    pub mappings_are_kept: bool,
+}
+
+/// One guest.
+pub struct Vm {
+    pub(crate) kernel: Arc<dyn Kernel>,
+    fd: RawFd,
+    gpa_bits: Option<u32>,
+    mappings_are_kept: bool,
+    caps: OnceCell<Caps>,
+    memory: Mutex<Memory>,
+    work: Mutex<Vec<Weak<Queue>>>,
+}
+
+/// The part of a guest that changes.
+#[derive(Default)]
+pub(crate) struct Memory {
+    pub slots: SlotRecord,
+    pub coverage: Coverage,
+}
+
+/// Disables the slot-zap-all quirk of a VM.
+pub fn keep_mappings(kernel: &dyn Kernel, vm_fd: RawFd) -> Result<()> {
+    let caps = Caps::probe(kernel, None, Some(vm_fd)).map_err(|errno| Error::kernel(errno, "probing the VM"))?;
+    if !caps.can_keep_mappings {
+        return Err(Error::new(
+            libc::EOPNOTSUPP,
+            Reason::KernelRefused,
+            "this kernel cannot keep stage-2 mappings across the deletion of a memslot",
+        )
+        .hint("needs Linux 6.12 on x86-64; populate again after slots have changed"));
+    }
+    kernel
+        .disable_quirks(vm_fd, QUIRK_SLOT_ZAP_ALL)
+        .map_err(|errno| Error::kernel(errno, "disabling KVM_X86_QUIRK_SLOT_ZAP_ALL"))
+}
+
+impl Vm {
+    /// A handle without slots.
+    pub fn new(kernel: Arc<dyn Kernel>, config: Config) -> Result<Self> {
+        if config.keep_mappings {
+            keep_mappings(&*kernel, config.vm_fd)?;
+        }
+        let vm = Self {
+            kernel,
+            fd: config.vm_fd,
+            gpa_bits: config.gpa_bits,
+            mappings_are_kept: config.keep_mappings || config.mappings_are_kept,
+            caps: OnceCell::new(),
+            memory: Mutex::default(),
+            work: Mutex::default(),
+        };
+        vm.caps()?;
+        Ok(vm)
+    }
+
+    /// The VM's descriptor.
+    pub(crate) fn fd(&self) -> RawFd {
+        self.fd
+    }
+
+    /// What this VM offers.
+    pub fn caps(&self) -> Result<&Caps> {
+        self.caps.get_or_try_init(|| {
+            Caps::probe(&*self.kernel, None, Some(self.fd)).map_err(|errno| Error::kernel(errno, "probing the VM"))
+        })
+    }
+
+    /// Bits of a guest physical address.
+    pub fn gpa_bits(&self) -> Result<u32> {
+        Ok(self.gpa_bits.unwrap_or(self.caps()?.gpa_bits))
+    }
+
+    pub(crate) fn memory(&self) -> MutexGuard<'_, Memory> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn work(&self) -> Vec<Arc<Queue>> {
+        let mut work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
+        work.retain(|queue| queue.strong_count() > 0);
+        work.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    /// Whether any job of it lives.
+    pub fn has_jobs(&self) -> bool {
+        !self.work().is_empty()
+    }
+
+    /// A job's queue wants to hear of memory that goes away.
+    pub(crate) fn register(&self, queue: &Arc<Queue>) {
+        self.work.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(queue));
+    }
+
+    fn withdraw(&self, range: Range) {
+        for queue in self.work() {
+            queue.withdraw(range);
+        }
+    }
+
+    /// Replaces the record by `slots`.
+    pub fn set_memslots(&self, slots: &[Memslot]) -> Result<()> {
+        let gpa_bits = self.gpa_bits()?;
+        let mut fresh = SlotRecord::default();
+        for slot in slots {
+            slot.check(gpa_bits)?;
+            let unusable = |message: &str| {
+                Error::invalid(Reason::BadValue, message).stage(Stage::Memslot).slot(slot.id())
+            };
+            if slot.range().is_none() {
+                return Err(unusable("a slot in the list has size 0").hint("list the slots there are, not deletions"));
+            }
+            if fresh.get(slot.id()).is_some() {
+                return Err(unusable("a slot number stands in the list twice").hint("list each slot once"));
+            }
+            fresh.check_room(slot)?;
+            fresh.replace(slot);
+        }
+        let gone: Vec<Memslot> =
+            self.memory().slots.iter().filter(|old| fresh.get(old.id()) != Some(old)).copied().collect();
+        for old in &gone {
+            self.changing(old.id());
+        }
+        let mut memory = self.memory();
+        for old in &gone {
+            self.note_loss(&mut memory, Some(old), fresh.get(old.id()));
+        }
+        memory.slots = fresh;
+        Ok(())
+    }
+
+    /// A slot is about to change: returns once no worker touches its memory.
+    pub fn changing(&self, slot: SlotId) {
+        let range = {
+            let mut memory = self.memory();
+            memory.slots.set_changing(slot, true);
+            memory.coverage.zap_may_come();
+            memory.slots.get(slot).and_then(Memslot::range)
+        };
+        // Population is of address space 0 alone; the others' slots are in no queue.
+        if let (Some(range), 0) = (range, address_space(slot)) {
+            self.withdraw(range);
+        }
+    }
+
+    /// A slot has changed.
+    pub fn note(&self, slot: &Memslot) -> Result<()> {
+        slot.check(self.gpa_bits()?)?;
+        let mut memory = self.memory();
+        memory.slots.check_room(slot)?;
+        let old = memory.slots.replace(slot);
+        self.note_loss(&mut memory, old.as_ref(), Some(slot));
+        Ok(())
+    }
+
+    /// Checks, announces, sets and notes a slot.
+    pub fn set(&self, slot: &Memslot) -> Result<()> {
+        slot.check(self.gpa_bits()?)?;
+        self.memory().slots.check_room(slot)?;
+        self.changing(slot.id());
+        if let Err(errno) = self.kernel.set_region(self.fd, &slot.region) {
+            self.memory().slots.set_changing(slot.id(), false);
+            let mut error = Error::kernel(errno, "KVM_SET_USER_MEMORY_REGION").stage(Stage::Memslot).slot(slot.id());
+            error.range = slot.range();
+            return Err(error.hint("the slot is as it was before"));
+        }
+        self.note(slot)
+    }
+
+    /// What the change from `old` to `new` has cost.
+    fn note_loss(&self, memory: &mut Memory, old: Option<&Memslot>, new: Option<&Memslot>) {
+        memory.coverage.zap_may_come();
+        let Some((old, place)) = old.and_then(|old| Some((old, old.range()?))) else { return };
+        let same_memory = new.is_some_and(|new| {
+            (new.region.gpa, new.region.size, new.region.hva) == (place.start, place.size(), old.region.hva)
+                && new.region.guest_memfd_offset == old.region.guest_memfd_offset
+                && new.has_guest_memfd() == old.has_guest_memfd()
+                && new.is_read_only() == old.is_read_only()
+        });
+        let in_space_0 = address_space(old.id()) == 0;
+        if same_memory {
+            if in_space_0 && new.is_some_and(Memslot::is_dirty_logged) && !old.is_dirty_logged() {
+                memory.coverage.write_protected(place);
+            }
+            return;
+        }
+        if in_space_0 {
+            memory.coverage.forget(place);
+        }
+        if !self.mappings_are_kept {
+            memory.coverage.lost_all_stage2();
+        }
+    }
+
+    /// Memory is about to be discarded: returns once no worker touches it.
+    pub fn discarded(&self, range: Range) {
+        self.withdraw(range);
+        self.memory().coverage.lost(range, Loss::Discarded);
+    }
+
+    /// How much of `range` is populated, and how much of it is memory at all.
+    pub fn coverage(&self, range: Range) -> (u64, Covered) {
+        let memory = self.memory();
+        let slots = memory.slots.touching(0, range).filter_map(|(place, _)| place.intersect(&range));
+        (slots.map(|part| part.size()).sum(), memory.coverage.within(range))
+    }
+}
