@@ -199,6 +199,11 @@ fn explain(
     } else if end == End::TimedOut {
         let seconds = guest.timeout.as_secs_f64();
         format!("not done after {seconds} s, time ran out {stage}; allow more time, or see where it hangs")
+    } else if kernel_log.is_empty() && end == End::Exited {
+        let memory = guest.memory_mib;
+        format!(
+            "it went off without a word; it may need more memory than {memory} MiB, or lack a serial console"
+        )
     } else {
         format!("the emulated machine went off {stage}")
     };

@@ -61,7 +61,9 @@ impl Qemu {
 
     /// A command that runs it; arguments are the caller's.
     pub fn command(&self) -> Command {
-        let mut command = Command::new(self.dir.join("lib/ld.so"));
+        // Should we be killed before we can end it, it goes as well: a hanging guest would run for ever.
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL"]).arg(self.dir.join("lib/ld.so"));
         command.arg("--library-path").arg(self.dir.join("lib")).arg(self.dir.join("qemu-system-x86_64"));
         command.arg("-L").arg(self.dir.join("firmware"));
         // Modules of another build must not be found.
