@@ -24,9 +24,7 @@ enum Action {
 
 pub fn main(cli: Cli) -> Result<()> {
     match cli.action {
-        Action::Header => {
-            std::fs::write(header_path(), generate()?).context("cannot write the header")
-        }
+        Action::Header => std::fs::write(header_path(), generate()?).context("cannot write the header"),
         Action::Check => {
             check_header()?;
             project::run(project::cargo().args(["build", "--release", "--package", "kvmprep"]))?;
@@ -76,7 +74,8 @@ fn without_rust_sections(header: &str) -> String {
 /// Fails when the committed header is not what the sources say.
 pub fn check_header() -> Result<()> {
     let path = header_path();
-    let committed = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let committed =
+        std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let current = generate()?;
     if committed == current {
         return Ok(());
@@ -112,7 +111,9 @@ fn declared_functions(header: &str) -> BTreeSet<String> {
 }
 
 fn exported_symbols(library: &Path) -> Result<BTreeSet<String>> {
-    let text = project::run(Command::new("nm").args(["--dynamic", "--defined-only", "--format=posix"]).arg(library))?;
+    let text = project::run(
+        Command::new("nm").args(["--dynamic", "--defined-only", "--format=posix"]).arg(library),
+    )?;
     Ok(text.lines().filter_map(|line| line.split(' ').next()).map(str::to_owned).collect())
 }
 

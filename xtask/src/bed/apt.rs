@@ -20,19 +20,21 @@ use super::{Unavailable, progress};
 const SUITES: [&str; 6] = ["bookworm", "bookworm-backports", "trixie", "trixie-backports", "forky", "sid"];
 
 /// The private apt.
-pub struct Apt {
+pub struct Apt<'a> {
     dir: PathBuf,
     _lock: Lock,
     mirror: Mirror,
-    /// What the update complained about, once it has run.
-    updated: OnceCell<Option<String>>,
+    updated: &'a Updated,
 }
 
-impl Apt {
+/// What updating the lists complained about, once that has been done. One run of ours needs it once.
+pub type Updated = OnceCell<Option<String>>;
+
+impl<'a> Apt<'a> {
     /// An apt with its lists in `cache`, fetching from `mirror`. There is only one at a time.
-    pub fn new(cache: &Cache, mirror: Mirror) -> Result<Self> {
+    pub fn new(cache: &Cache, mirror: Mirror, updated: &'a Updated) -> Result<Self> {
         let (dir, lock) = cache.scratch("apt")?;
-        Ok(Apt { dir, _lock: lock, mirror, updated: OnceCell::new() })
+        Ok(Apt { dir, _lock: lock, mirror, updated })
     }
 
     /// Names of the packages in `suites` that match a regular expression.
@@ -106,7 +108,8 @@ impl Apt {
         let updated = process::capture(self.bare_command("apt-get", &SUITES)?.arg("update"))?;
         // What could not be reached is only a warning to apt.
         let telling = |line: &&str| line.starts_with("E:") || line.starts_with("W: Failed");
-        let complaints: Vec<&str> = updated.stderr.lines().filter(telling).collect();
+        // One a suite would say the same six times.
+        let complaints: Vec<&str> = updated.stderr.lines().filter(telling).take(2).collect();
         Ok((!complaints.is_empty()).then(|| complaints.join(" ")))
     }
 

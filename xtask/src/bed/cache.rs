@@ -8,6 +8,7 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use rustix::fs::{FlockOperation, flock};
@@ -88,7 +89,15 @@ impl Cache {
     fn lock(&self, name: &str) -> Result<Lock> {
         let path = self.root.join(format!("{name}.lock"));
         let file = File::options().create(true).truncate(false).write(true).open(&path)?;
-        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        let free = || flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok();
+        // Checking an entry takes a moment; only making one is worth a word.
+        let soon = (0..20).any(|_| {
+            free() || {
+                std::thread::sleep(Duration::from_millis(100));
+                false
+            }
+        });
+        if !soon {
             progress::say(&format!("waiting for another cargo xtask to finish with {name}"));
             flock(&file, FlockOperation::LockExclusive)
                 .with_context(|| format!("cannot lock {}", path.display()))?;

@@ -86,11 +86,11 @@ pub struct ResolvedKernel {
 }
 
 /// Makes `kernel` ready, fetching or building what the cache does not have.
-pub fn obtain(
+pub fn obtain<'a>(
     kernel: &Kernel,
     cache: &Cache,
     qemu: &Qemu,
-    apt: impl FnOnce() -> Result<Apt>,
+    apt: impl FnOnce() -> Result<Apt<'a>>,
 ) -> Result<ResolvedKernel> {
     let name = kernel.name();
     match kernel {
@@ -159,7 +159,7 @@ fn own(name: String, image: &Path, modules: Option<&Path>, qemu: &Qemu) -> Resul
     Ok(ResolvedKernel { name, version, image: image.to_path_buf(), modules })
 }
 
-fn fetch(series: &Series, apt: &Apt, busybox: &Path, into: &Path) -> Result<()> {
+fn fetch(series: &Series, apt: &Apt<'_>, busybox: &Path, into: &Path) -> Result<()> {
     let _step = progress::step(&format!("fetching kernel {}", series.name));
     let names = apt.names(series.suites, "^linux-(image|binary|modules)-.*-cloud-amd64")?;
     let Some(packages) = choose(&names, series.prefix) else {

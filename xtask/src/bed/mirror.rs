@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 
 use super::Unavailable;
 
-/// Keyrings shipped by the distribution itself, in order of preference: unlike an entry's own `Signed-By`, which
-/// may vouch for one release only, they carry the keys of the neighbouring releases too.
-const DISTRIBUTION_KEYRINGS: [&str; 2] =
+/// The distribution's keyrings. One of them may hold the keys of one release only; the first of these that exists
+/// holds those of its neighbours too.
+const KEYRINGS: [&str; 2] =
     ["/usr/share/keyrings/debian-archive-keyring.gpg", "/usr/share/keyrings/debian-archive-keyring.pgp"];
+const KEYRING_PREFIX: &str = "/usr/share/keyrings/debian-archive-";
 
 /// Suite names that stand for "this release" without being its codename.
 const SUITE_ALIASES: [&str; 5] = ["stable", "oldstable", "testing", "unstable", "sid"];
@@ -22,7 +23,7 @@ const SUITE_ALIASES: [&str; 5] = ["stable", "oldstable", "testing", "unstable", 
 pub struct Mirror {
     /// The archive's base address, as the machine's configuration gives it.
     pub uri: String,
-    /// What `Signed-By` is to say; `None` leaves it to the keys apt trusts anyway.
+    /// What `Signed-By` is to say; `None` leaves it to the keys apt trusts for every mirror.
     pub signed_by: Option<String>,
 }
 
@@ -40,21 +41,26 @@ impl Mirror {
     pub fn configured(etc: &Path) -> Result<Self, Unavailable> {
         let codename = fs::read_to_string(etc.join("os-release")).ok().and_then(|text| codename(&text));
         let sources = read_sources(&etc.join("apt"));
-        let keyring = DISTRIBUTION_KEYRINGS.iter().find(|path| Path::new(path).exists());
+        let keyring = KEYRINGS.into_iter().find(|path| Path::new(path).exists());
         choose(&sources, codename.as_deref())
             .map(|(uri, source)| Mirror {
                 uri: uri.clone(),
-                signed_by: keyring.map(|path| path.to_string()).or_else(|| source.signed_by.clone()),
+                signed_by: source.signed_by.as_deref().map(|own| widen(own, keyring)),
             })
             .ok_or_else(|| {
                 Unavailable(format!(
-                    "no package mirror found: {} names no archive of this Debian release ({}) with component \
-                     main. The bed needs Debian 12 or newer; elsewhere, name a kernel with --kernel",
-                    etc.join("apt/sources.list.d").display(),
-                    codename.as_deref().unwrap_or("codename unknown"),
+                    "no package mirror found: apt's configuration in {} names no archive of this Debian release \
+                     (codename {}) with component main. The bed needs Debian 12 or newer",
+                    etc.join("apt").display(),
+                    codename.as_deref().unwrap_or("unknown"),
                 ))
             })
     }
+}
+
+/// The `Signed-By` for every release of a mirror that has `own` for one. A mirror with keys of its own keeps them.
+fn widen(own: &str, keyring: Option<&str>) -> String {
+    keyring.filter(|_| own.starts_with(KEYRING_PREFIX)).unwrap_or(own).to_string()
 }
 
 /// The first entry that serves this release from an address apt can fetch anything from.
@@ -215,6 +221,17 @@ Components: main
         assert_eq!(uri, "ftp://mirror.example/debian");
         assert_eq!(source.signed_by.as_deref(), Some("/k.gpg"));
         assert_eq!(source.components, ["main", "non-free"]);
+    }
+
+    #[test]
+    fn a_keyring_of_one_release_is_widened_and_a_foreign_one_is_not() {
+        let all = Some("/all.gpg");
+        assert_eq!(widen("/usr/share/keyrings/debian-archive-bookworm-stable.gpg", all), "/all.gpg");
+        assert_eq!(widen("/etc/company.gpg", all), "/etc/company.gpg");
+        assert_eq!(
+            widen("/usr/share/keyrings/debian-archive-keyring.gpg", None),
+            "/usr/share/keyrings/debian-archive-keyring.gpg"
+        );
     }
 
     #[test]

@@ -48,6 +48,7 @@ use qemu::Qemu;
 pub struct Bed {
     cache: Cache,
     qemu: OnceCell<Qemu>,
+    updated: apt::Updated,
 }
 
 /// Something that cannot be had on this machine; a fact about its surroundings, not a failure.
@@ -94,7 +95,7 @@ impl From<anyhow::Error> for ResolveError {
 impl Bed {
     /// The bed of the user who runs this. Fetches nothing yet.
     pub fn open() -> Result<Self> {
-        Ok(Bed { cache: Cache::open()?, qemu: OnceCell::new() })
+        Ok(Bed { cache: Cache::open()?, qemu: OnceCell::new(), updated: OnceCell::new() })
     }
 
     /// Makes `kernel`, and the QEMU to boot it with, ready: from the cache, or else fetched or built.
@@ -111,8 +112,8 @@ impl Bed {
         self.qemu.get().ok_or_else(|| anyhow::anyhow!("there is no QEMU"))
     }
 
-    fn apt(&self) -> Result<Apt> {
-        Apt::new(&self.cache, Mirror::configured(Path::new("/etc"))?)
+    fn apt(&self) -> Result<Apt<'_>> {
+        Apt::new(&self.cache, Mirror::configured(Path::new("/etc"))?, &self.updated)
     }
 }
 

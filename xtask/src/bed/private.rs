@@ -20,7 +20,7 @@ pub const CONFIG: &str = include_str!("private-kernel.config");
 const PACKAGES: [&str; 8] = ["bc", "bison", "flex", "gcc", "libc6-dev", "libelf-dev", "make", "xz-utils"];
 
 /// Builds the kernel and lays it out in `into`. Lets go of `apt` as soon as the source is there: others may want it.
-pub fn build(apt: Apt, into: &Path) -> Result<()> {
+pub fn build(apt: Apt<'_>, into: &Path) -> Result<()> {
     crate::setup::require_packages(&PACKAGES)?;
     let work = tempfile::tempdir_in(into)?;
     let (tree, version) = source(&apt, work.path())?;
@@ -33,7 +33,7 @@ pub fn build(apt: Apt, into: &Path) -> Result<()> {
 }
 
 /// Unpacks the newest source there is. Answers with its directory and version.
-fn source(apt: &Apt, work: &Path) -> Result<(PathBuf, String)> {
+fn source(apt: &Apt<'_>, work: &Path) -> Result<(PathBuf, String)> {
     let _step = progress::step("fetching the private kernel's source");
     let names = apt.names(NEWEST_SUITES, "^linux-source-[0-9.]+$")?;
     let Some(package) = newest_source(&names) else {

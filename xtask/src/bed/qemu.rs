@@ -32,7 +32,7 @@ pub struct Qemu {
 
 impl Qemu {
     /// The one in the cache, fetched first when there is none.
-    pub fn obtain(cache: &Cache, apt: impl FnOnce() -> Result<Apt>) -> Result<Self> {
+    pub fn obtain<'a>(cache: &Cache, apt: impl FnOnce() -> Result<Apt<'a>>) -> Result<Self> {
         let dir = cache.get_or_make(ENTRY, RECIPE, |into| fetch(&apt()?, into))?;
         Ok(Qemu { dir })
     }
@@ -75,7 +75,7 @@ impl Qemu {
     }
 }
 
-fn fetch(apt: &Apt, into: &Path) -> Result<()> {
+fn fetch(apt: &Apt<'_>, into: &Path) -> Result<()> {
     let _step = progress::step("fetching QEMU");
     let mut missing = None;
     for suites in SUITE_SETS {
