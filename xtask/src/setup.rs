@@ -1,7 +1,7 @@
 //! Sees to it that the machine has the packages that one of our commands needs.
 //!
-//! As root it installs what is missing, so that a bare Debian with Rust is enough; anybody else is told the exact
-//! command. It must never upgrade or remove anything.
+//! As root it installs what is missing, so that a bare Debian with Rust is enough; anybody else is told the
+//! exact command. It must never upgrade or remove anything.
 
 use std::process::{Command, Stdio};
 
@@ -20,8 +20,8 @@ pub fn require_packages(packages: &[&str]) -> Result<()> {
         );
     }
     eprintln!("installing {}", missing.join(" "));
-    // The lists are usually there and good; a failed attempt is what shows that they are not. The update's own
-    // result says little, since a third party's entry may fail: whether the install works is what counts.
+    // The lists are usually there and good; a failed attempt is what shows that they are not. The update's
+    // own result says little, since a third party's entry may fail: whether the install works is what counts.
     if install(&missing).is_err() {
         let _ = apt_get(&["update"]);
         install(&missing)?;

@@ -1,13 +1,13 @@
 //! A private apt: its own lists, state and source list, in the bed's cache.
 //!
-//! It lets packages of other releases be looked up, verified and unpacked by the machine's own apt without the
-//! machine noticing. It must never install anything, and never touch the machine's own lists or configuration;
-//! what it leaves as it is, is how to reach the network (proxies and the like).
+//! It lets packages of other releases be looked up, verified and unpacked by the machine's own apt without
+//! the machine noticing. It must never install anything, and never touch the machine's own lists or
+//! configuration; what it leaves as it is, is how to reach the network (proxies and the like).
 
-use std::cell::OnceCell;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result};
 
@@ -28,7 +28,7 @@ pub struct Apt<'a> {
 }
 
 /// What updating the lists complained about, once that has been done. One run of ours needs it once.
-pub type Updated = OnceCell<Option<String>>;
+pub type Updated = OnceLock<Option<String>>;
 
 impl<'a> Apt<'a> {
     /// An apt with its lists in `cache`, fetching from `mirror`. There is only one at a time.
@@ -96,8 +96,8 @@ impl<'a> Apt<'a> {
         self.bare_command(tool, suites)
     }
 
-    /// Fetches the lists. A suite that fails leaves the others usable, so that whether this matters is seen only
-    /// when a package is missed. Unsigned or wrongly signed lists are refused by apt itself.
+    /// Fetches the lists. A suite that fails leaves the others usable, so that whether this matters is seen
+    /// only when a package is missed. Unsigned or wrongly signed lists are refused by apt itself.
     fn update(&self) -> Result<Option<String>> {
         let _step = progress::step("fetching package lists");
         for name in ["state", "lists/partial", "cache"] {
@@ -127,9 +127,9 @@ impl<'a> Apt<'a> {
 
     fn configuration(&self, sources: &Path) -> String {
         let dir = self.dir.display();
-        // The hooks of the machine's configuration are about the machine's lists, and may delete its caches. Each
-        // suite set is another view of the same lists, which a package cache file would confuse. "_apt" cannot
-        // read a home directory.
+        // The hooks of the machine's configuration are about the machine's lists, and may delete its caches.
+        // Each suite set is another view of the same lists, which a package cache file would confuse. "_apt"
+        // cannot read a home directory.
         format!(
             r##"Dir::Etc::SourceList "{sources}";
 Dir::Etc::SourceParts "/dev/null";

@@ -1,7 +1,7 @@
 //! Boots a guest under emulation and sees it through to its end.
 //!
-//! A run ends with the program's own exit status or with an error that says why there is none: a panic, a hang, a
-//! QEMU that died. It must never take one for the other, and never leave a QEMU behind.
+//! A run ends with the program's own exit status or with an error that says why there is none: a panic, a
+//! hang, a QEMU that died. It must never take one for the other, and never leave a QEMU behind.
 
 use std::collections::hash_map::RandomState;
 use std::fs;
@@ -33,7 +33,8 @@ pub struct Outcome {
     pub output: String,
     /// The kernel's log, from boot to power-off.
     pub kernel_log: String,
-    /// The first line in which the kernel reported trouble of its own (an oops, a warning) while the program ran.
+    /// The first line in which the kernel reported trouble of its own (an oops, a warning) while the program
+    /// ran.
     pub oops: Option<String>,
     /// From starting QEMU to starting the program.
     pub boot: Duration,

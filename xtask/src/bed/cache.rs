@@ -1,14 +1,14 @@
 //! Keeps what was fetched or built, outside the project, so that a fresh clone starts warm.
 //!
-//! An entry is a directory that appears whole, by rename, or not at all, and whose contents are checked against
-//! its manifest before every use. Each entry has a lock, so that one process at a time looks at it or makes it, and
-//! nobody waits for an entry that is not his. It must never hand out an entry that does not match its manifest or
-//! was made by another recipe.
+//! An entry is a directory that appears whole, by rename, or not at all, and whose contents are checked
+//! against its manifest before every use. Each entry has a lock, so that one process at a time looks at it or
+//! makes it, and nobody waits for an entry that is not his. It must never hand out an entry that does not
+//! match its manifest or was made by another recipe.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use rustix::fs::{FlockOperation, flock};
@@ -89,15 +89,16 @@ impl Cache {
     fn lock(&self, name: &str) -> Result<Lock> {
         let path = self.root.join(format!("{name}.lock"));
         let file = File::options().create(true).truncate(false).write(true).open(&path)?;
-        let free = || flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok();
         // Checking an entry takes a moment; only making one is worth a word.
-        let soon = (0..20).any(|_| {
-            free() || {
-                std::thread::sleep(Duration::from_millis(100));
-                false
+        let deadline = Instant::now() + Duration::from_secs(2);
+        let mut held = false;
+        while !held && Instant::now() < deadline {
+            held = flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok();
+            if !held {
+                std::thread::sleep(Duration::from_millis(50));
             }
-        });
-        if !soon {
+        }
+        if !held {
             progress::say(&format!("waiting for another cargo xtask to finish with {name}"));
             flock(&file, FlockOperation::LockExclusive)
                 .with_context(|| format!("cannot lock {}", path.display()))?;

@@ -1,7 +1,7 @@
 //! `cargo xtask bed`: the bed by hand.
 //!
-//! `run` gives the program's output on standard output and its exit status as its own, so that it can stand in a
-//! script; everything the bed itself has to say goes to standard error.
+//! `run` gives the program's output on standard output and its exit status as its own, so that it can stand
+//! in a script; everything the bed itself has to say goes to standard error.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};

@@ -1,7 +1,7 @@
 //! What is to run in a guest: a program, its files, its surroundings.
 //!
-//! A program of the host is taken in together with the shared libraries and the loader it needs, so that it runs
-//! inside as it was built. Nothing else of the host is visible inside.
+//! A program of the host is taken in together with the shared libraries and the loader it needs, so that it
+//! runs inside as it was built. Nothing else of the host is visible inside.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -47,8 +47,8 @@ impl Guest {
         }
     }
 
-    /// Takes in the file `host` as `inside`. When it is a program or library, whatever it is linked against comes
-    /// along, into `/lib`; `library_dirs` are looked through before the host's own directories.
+    /// Takes in the file `host` as `inside`. When it is a program or library, whatever it is linked against
+    /// comes along, into `/lib`; `library_dirs` are looked through before the host's own directories.
     pub fn add(&mut self, host: &Path, inside: &str, library_dirs: &[&Path]) -> Result<()> {
         if !inside.starts_with('/') || inside.split('/').any(|part| part == "..") {
             bail!("{inside} is no absolute path inside the guest");
@@ -89,7 +89,8 @@ fn is_elf(path: &Path) -> Result<bool> {
 }
 
 fn libraries(program: &Path, dirs: &[&Path]) -> Result<Vec<Library>> {
-    // ldd takes a name without a slash for one in the current directory, and warns about the mode of a library.
+    // ldd takes a name without a slash for one in the current directory, and warns about the mode of a
+    // library.
     let program = std::path::absolute(program)?;
     let mut command = Command::new("ldd");
     command.arg(&program).env("LC_ALL", "C");
@@ -108,8 +109,8 @@ fn libraries(program: &Path, dirs: &[&Path]) -> Result<Vec<Library>> {
         .with_context(|| format!("cannot run {} in a guest", program.display()))
 }
 
-/// Reads what `ldd` or the loader's `--list` prints. A line is `name => path (address)`, or `path (address)` for
-/// the loader and for what the kernel provides.
+/// Reads what `ldd` or the loader's `--list` prints. A line is `name => path (address)`, or `path (address)`
+/// for the loader and for what the kernel provides.
 pub fn parse_ldd(listing: &str) -> Result<Vec<Library>> {
     let mut libraries = Vec::new();
     for line in listing.lines().map(str::trim).filter(|line| !line.is_empty()) {

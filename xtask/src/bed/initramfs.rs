@@ -1,7 +1,7 @@
 //! Packs a guest's file system: busybox, the init script, kernel modules, and the files it was given.
 //!
-//! The archive is written afresh for each boot, in the kernel's "newc" format and uncompressed: unpacking would
-//! cost emulated time. Nothing of the host's identity enters it; owners are root and times are zero.
+//! The archive is written afresh for each boot, in the kernel's "newc" format and uncompressed: unpacking
+//! would cost emulated time. Nothing of the host's identity enters it; owners are root and times are zero.
 
 use std::collections::BTreeSet;
 use std::fs::File;

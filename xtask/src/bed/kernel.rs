@@ -1,8 +1,8 @@
 //! Names the kernels of the bed and makes each of them ready to boot.
 //!
-//! A packaged kernel is chosen from what the mirror offers, unpacked, and reduced to its image and the few modules
-//! that matter. Nothing is ever installed. A kernel that cannot be had is told apart from one that fails, so that a
-//! test can report it as skipped and never as passed.
+//! A packaged kernel is chosen from what the mirror offers, unpacked, and reduced to its image and the few
+//! modules that matter. Nothing is ever installed. A kernel that cannot be had is told apart from one that
+//! fails, so that a test can report it as skipped and never as passed.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -188,8 +188,9 @@ pub fn store(into: &Path, image: &Path, version: &str, modules: &[Module]) -> Re
     Ok(())
 }
 
-/// The packages that together make the newest kernel whose version starts with `prefix`. Older kernels come in one
-/// package, newer ones split into image and modules; an image is preferred signed, as a user would have it.
+/// The packages that together make the newest kernel whose version starts with `prefix`. Older kernels come
+/// in one package, newer ones split into image and modules; an image is preferred signed, as a user would
+/// have it.
 fn choose(names: &[String], prefix: &str) -> Option<Vec<String>> {
     let has = |name: &String| names.contains(name);
     let versions = names.iter().filter_map(|name| package_version(name));
@@ -241,8 +242,8 @@ fn find_image(dir: &Path) -> Result<Option<PathBuf>> {
     Ok(None)
 }
 
-/// The version a bzImage carries in its setup header (Documentation/arch/x86/boot.rst): the offset of a string less
-/// 0x200, at 0x20e.
+/// The version a bzImage carries in its setup header (Documentation/arch/x86/boot.rst): the offset of a
+/// string less 0x200, at 0x20e.
 fn image_version(image: &[u8]) -> Option<String> {
     if image.get(0x202..0x206)? != b"HdrS" {
         return None;

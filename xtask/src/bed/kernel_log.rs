@@ -1,13 +1,13 @@
 //! Reads a guest kernel's log for what went wrong in it.
 //!
-//! It judges only what the kernel itself reports; a user program's crash, which the kernel mentions too, is none of
-//! its business.
+//! It judges only what the kernel itself reports; a user program's crash, which the kernel mentions too, is
+//! none of its business.
 
 /// Written to the log when the program starts; see `init.sh`.
 const PROGRAM_STARTS: &str = "kvmprep-bed: the program starts";
 
-/// What the kernel prints when it has caught itself in the wrong. Being slow (stall warnings) is not among them: the
-/// bed emulates, and shares its CPUs.
+/// What the kernel prints when it has caught itself in the wrong. Being slow (stall warnings) is not among
+/// them: the bed emulates, and shares its CPUs.
 const TROUBLE: [&str; 9] = [
     "WARNING: ",
     "BUG: ",

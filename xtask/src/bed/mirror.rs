@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 
 use super::Unavailable;
 
-/// The distribution's keyrings. One of them may hold the keys of one release only; the first of these that exists
-/// holds those of its neighbours too.
+/// The distribution's keyrings. One of them may hold the keys of one release only; the first of these that
+/// exists holds those of its neighbours too.
 const KEYRINGS: [&str; 2] =
     ["/usr/share/keyrings/debian-archive-keyring.gpg", "/usr/share/keyrings/debian-archive-keyring.pgp"];
 const KEYRING_PREFIX: &str = "/usr/share/keyrings/debian-archive-";
@@ -58,7 +58,8 @@ impl Mirror {
     }
 }
 
-/// The `Signed-By` for every release of a mirror that has `own` for one. A mirror with keys of its own keeps them.
+/// The `Signed-By` for every release of a mirror that has `own` for one. A mirror with keys of its own keeps
+/// them.
 fn widen(own: &str, keyring: Option<&str>) -> String {
     keyring.filter(|_| own.starts_with(KEYRING_PREFIX)).unwrap_or(own).to_string()
 }
@@ -81,8 +82,8 @@ fn codename(os_release: &str) -> Option<String> {
     Some(value.trim_matches(['"', '\'', ' ']).to_string()).filter(|name| !name.is_empty())
 }
 
-/// Every enabled entry, in the order apt reads the files. A file that cannot be read is one that apt cannot read
-/// either.
+/// Every enabled entry, in the order apt reads the files. A file that cannot be read is one that apt cannot
+/// read either.
 fn read_sources(apt: &Path) -> Vec<Source> {
     let mut files = vec![apt.join("sources.list")];
     let mut parts: Vec<PathBuf> = fs::read_dir(apt.join("sources.list.d"))

@@ -1,8 +1,8 @@
 //! The test bed: boots real Linux kernels under emulation, with real KVM inside, and runs a program there.
 //!
-//! It needs no hardware virtualisation and no preparation: QEMU and kernels come from the machine's own package
-//! mirror into the user's cache. It must never change the machine, beyond installing host tools that are missing,
-//! and never report success for what did not run.
+//! It needs no hardware virtualisation and no preparation: QEMU and kernels come from the machine's own
+//! package mirror into the user's cache. It must never change the machine, beyond installing host tools that
+//! are missing, and never report success for what did not run.
 //!
 //! ```ignore
 //! let bed = Bed::open()?;
@@ -28,9 +28,9 @@ mod progress;
 mod qemu;
 mod stream;
 
-use std::cell::OnceCell;
 use std::fmt;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use anyhow::Result;
 
@@ -47,7 +47,7 @@ use qemu::Qemu;
 /// The bed: its cache, and what it has taken from there so far.
 pub struct Bed {
     cache: Cache,
-    qemu: OnceCell<Qemu>,
+    qemu: OnceLock<Qemu>,
     updated: apt::Updated,
 }
 
@@ -95,7 +95,7 @@ impl From<anyhow::Error> for ResolveError {
 impl Bed {
     /// The bed of the user who runs this. Fetches nothing yet.
     pub fn open() -> Result<Self> {
-        Ok(Bed { cache: Cache::open()?, qemu: OnceCell::new(), updated: OnceCell::new() })
+        Ok(Bed { cache: Cache::open()?, qemu: OnceLock::new(), updated: OnceLock::new() })
     }
 
     /// Makes `kernel`, and the QEMU to boot it with, ready: from the cache, or else fetched or built.
@@ -117,7 +117,9 @@ impl Bed {
     }
 }
 
-/// Boots `guest` on `kernel`, hands the lines of its output to `on_line` as they come, and answers how it ended.
+/// Boots `guest` on `kernel`, hands the lines of its output to `on_line` as they come, and answers how it
+/// ended. An exit status other than 0 is an answer too. Several guests may run at once, each from a thread of
+/// its own.
 pub fn run(
     bed: &Bed,
     kernel: &ResolvedKernel,

@@ -1,7 +1,8 @@
 //! Finds the kernel modules the bed needs and puts them in the order in which they can be loaded.
 //!
-//! Packages ship them compressed and without the index that installation would make, so what a module depends on is
-//! read from the module itself. A module that is not there is taken to be built in; whoever needs it finds out.
+//! Packages ship them compressed and without the index that installation would make, so what a module depends
+//! on is read from the module itself. A module that is not there is taken to be built in; whoever needs it
+//! finds out.
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -1,8 +1,8 @@
 //! Builds the kernel with `KVM_SW_PROTECTED_VM`, which no distribution ships.
 //!
 //! Source and configuration are both given: the distribution's linux-source package of the newest suite, and
-//! `tinyconfig` with the options of `private-kernel.config`. A kernel in which one of those options did not take
-//! is refused, since it would quietly test something else.
+//! `tinyconfig` with the options of `private-kernel.config`. A kernel in which one of those options did not
+//! take is refused, since it would quietly test something else.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,8 @@ pub const CONFIG: &str = include_str!("private-kernel.config");
 
 const PACKAGES: [&str; 8] = ["bc", "bison", "flex", "gcc", "libc6-dev", "libelf-dev", "make", "xz-utils"];
 
-/// Builds the kernel and lays it out in `into`. Lets go of `apt` as soon as the source is there: others may want it.
+/// Builds the kernel and lays it out in `into`. Lets go of `apt` as soon as the source is there: others may
+/// want it.
 pub fn build(apt: Apt<'_>, into: &Path) -> Result<()> {
     crate::setup::require_packages(&PACKAGES)?;
     let work = tempfile::tempdir_in(into)?;

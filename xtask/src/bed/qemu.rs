@@ -1,8 +1,8 @@
 //! Has a QEMU that emulates nested paging rightly, and a static busybox for the guests.
 //!
-//! Versions before 10.0 show a nested guest stale translations, and Debian 12's own is older. So one is unpacked,
-//! with every library it needs and its own loader, and runs beside whatever the machine has. It must never be
-//! installed, and never run with the machine's libraries.
+//! Versions before 10.0 show a nested guest stale translations, and Debian 12's own is older. So one is
+//! unpacked, with every library it needs and its own loader, and runs beside whatever the machine has. It
+//! must never be installed, and never run with the machine's libraries.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,8 +14,8 @@ use super::apt::Apt;
 use super::cache::Cache;
 use super::{Unavailable, process, progress};
 
-/// Where a QEMU of at least 10.0 is looked for: within one release, so that libraries fit. The last suite of each
-/// set is the one the package is to come from.
+/// Where a QEMU of at least 10.0 is looked for: within one release, so that libraries fit. The last suite of
+/// each set is the one the package is to come from.
 const SUITE_SETS: [&[&str]; 2] = [&["trixie"], &["bookworm", "bookworm-backports"]];
 
 const ENTRY: &str = "qemu";

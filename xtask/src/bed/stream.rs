@@ -1,8 +1,8 @@
 //! Takes the program's output out of what a guest sends on its second serial port.
 //!
-//! The init frames the output: a line `TOKEN start`, the output itself byte for byte, then a newline and a line
-//! `TOKEN end STATUS`. The token is random, so no output can be taken for the frame. Lines are handed on as they
-//! come; only an empty line waits for the next one, since it may be the frame's.
+//! The init frames the output: a line `TOKEN start`, the output itself byte for byte, then a newline and a
+//! line `TOKEN end STATUS`. The token is random, so no output can be taken for the frame. Lines are handed on
+//! as they come; only an empty line waits for the next one, since it may be the frame's.
 
 /// The state of one guest's output.
 #[derive(Debug)]
