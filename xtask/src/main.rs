@@ -2,10 +2,13 @@
 
 mod abi;
 mod bed;
+mod demo;
+mod programs;
 mod project;
 mod setup;
 
 use clap::{Parser, Subcommand};
+use std::process::ExitCode;
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", about)]
@@ -16,15 +19,26 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Show the main job: a real guest, every backing, four ways, the faults that are left.
+    Demo(demo::Cli),
     /// Boot real Linux kernels with real KVM under emulation.
     Bed(bed::Cli),
     /// The C interface: write the header, or check that it is current.
     Abi(abi::Cli),
 }
 
-fn main() -> anyhow::Result<()> {
-    match Cli::parse().command {
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Demo(cli) => demo::main(cli),
         Command::Bed(cli) => bed::main(cli),
         Command::Abi(cli) => abi::main(cli),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // For people: what went wrong and why, without a stack that tells them nothing.
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
     }
 }
