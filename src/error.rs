@@ -135,9 +135,9 @@ impl Error {
         let error = Self::new(errno.0, reason, format!("{what}: {errno}"));
         match reason {
             Reason::BadFd => error.hint("pass a file descriptor that is open and of the kind the call needs"),
-            Reason::VmDead => {
-                error.hint("the VM is dead, or belongs to another process (after fork, use it in the parent only)")
-            }
+            Reason::VmDead => error.hint(
+                "the VM is dead, or belongs to another process (after fork, use it in the parent only)",
+            ),
             Reason::Interrupted => error.hint("call again: nothing was lost"),
             _ => error,
         }

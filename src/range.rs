@@ -10,6 +10,11 @@ pub const PAGE: u64 = 4096;
 /// The stage-2 and transparent huge page of x86-64, in bytes.
 pub const HUGE: u64 = 2 << 20;
 
+/// Whether an address or size is a multiple of [`PAGE`].
+pub fn is_page_aligned(value: u64) -> bool {
+    value % PAGE == 0
+}
+
 /// A non-empty range `[start, end)` of guest physical memory, in bytes. It never wraps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Range {
@@ -38,7 +43,7 @@ impl Range {
 
     /// Whether both ends are page aligned.
     pub fn is_page_aligned(&self) -> bool {
-        (self.start | self.end).is_multiple_of(PAGE)
+        is_page_aligned(self.start | self.end)
     }
 
     /// What it has in common with `other`.

@@ -47,7 +47,8 @@ pub(crate) struct Memory {
 
 /// Disables the slot-zap-all quirk of a VM.
 pub fn keep_mappings(kernel: &dyn Kernel, vm_fd: RawFd) -> Result<()> {
-    let caps = Caps::probe(kernel, None, Some(vm_fd)).map_err(|errno| Error::kernel(errno, "probing the VM"))?;
+    let caps =
+        Caps::probe(kernel, None, Some(vm_fd)).map_err(|errno| Error::kernel(errno, "probing the VM"))?;
     if !caps.can_keep_mappings {
         return Err(Error::new(
             libc::EOPNOTSUPP,
@@ -88,7 +89,8 @@ impl Vm {
     /// What this VM offers.
     pub fn caps(&self) -> Result<&Caps> {
         self.caps.get_or_try_init(|| {
-            Caps::probe(&*self.kernel, None, Some(self.fd)).map_err(|errno| Error::kernel(errno, "probing the VM"))
+            Caps::probe(&*self.kernel, None, Some(self.fd))
+                .map_err(|errno| Error::kernel(errno, "probing the VM"))
         })
     }
 
@@ -133,7 +135,9 @@ impl Vm {
                 Error::invalid(Reason::BadValue, message).stage(Stage::Memslot).slot(slot.id())
             };
             if slot.range().is_none() {
-                return Err(unusable("a slot in the list has size 0").hint("list the slots there are, not deletions"));
+                return Err(
+                    unusable("a slot in the list has size 0").hint("list the slots there are, not deletions")
+                );
             }
             if fresh.get(slot.id()).is_some() {
                 return Err(unusable("a slot number stands in the list twice").hint("list each slot once"));
@@ -185,7 +189,8 @@ impl Vm {
         self.changing(slot.id());
         if let Err(errno) = self.kernel.set_region(self.fd, &slot.region) {
             self.memory().slots.set_changing(slot.id(), false);
-            let mut error = Error::kernel(errno, "KVM_SET_USER_MEMORY_REGION").stage(Stage::Memslot).slot(slot.id());
+            let mut error =
+                Error::kernel(errno, "KVM_SET_USER_MEMORY_REGION").stage(Stage::Memslot).slot(slot.id());
             error.range = slot.range();
             return Err(error.hint("the slot is as it was before"));
         }

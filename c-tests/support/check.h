@@ -58,6 +58,9 @@ _Noreturn void check_skipped(const char *format, ...) __attribute__((format(prin
                          kvmprep_reason_name(expected_reason));                                              \
     } while (0)
 
+/* `base` rounds of a loop that looks for races; `cargo xtask soak` asks for many times as many. */
+unsigned check_rounds(unsigned base);
+
 struct check_case {
     const char *name;
     void (*run)(void);

@@ -2,7 +2,7 @@
 
 use super::error::kvmprep_error;
 use crate::error::{Error, Reason, Result};
-use crate::range::{PAGE, Range};
+use crate::range::{Range, is_page_aligned};
 use std::cell::Cell;
 use std::ffi::{c_int, c_void};
 use std::os::fd::RawFd;
@@ -95,15 +95,22 @@ pub unsafe fn read_growing<T: Growing>(pointer: *const T, name: &str) -> Result<
     // SAFETY: checked above; the first field is there by the caller's word.
     let size = unsafe { pointer.cast::<u32>().read() } as usize;
     if !(T::FIRST..=LARGEST_STRUCT).contains(&size) {
-        return Err(Error::invalid(Reason::StructSize, format!("{name}->struct_size is {size}, which no version has"))
-            .hint("initialise the struct with its _INIT macro"));
+        return Err(Error::invalid(
+            Reason::StructSize,
+            format!("{name}->struct_size is {size}, which no version has"),
+        )
+        .hint("initialise the struct with its _INIT macro"));
     }
     // SAFETY: the caller's struct has `size` bytes by its own word.
     let bytes = unsafe { std::slice::from_raw_parts(pointer.cast::<u8>(), size) };
     let known = size.min(size_of::<T>());
     if bytes[known..].iter().any(|byte| *byte != 0) {
-        return Err(Error::new(libc::E2BIG, Reason::StructSize, format!("{name} asks for what this version does not know"))
-            .hint("use a newer libkvmprep, or leave the newer fields zero"));
+        return Err(Error::new(
+            libc::E2BIG,
+            Reason::StructSize,
+            format!("{name} asks for what this version does not know"),
+        )
+        .hint("use a newer libkvmprep, or leave the newer fields zero"));
     }
     let mut value = std::mem::MaybeUninit::<T>::zeroed();
     // SAFETY: at most T's size is copied over zeroes, and T is valid for any bytes.
@@ -210,8 +217,11 @@ fn bad_fd(fd: c_int, name: &str) -> Error {
 /// Refuses flags that are not known.
 pub fn check_flags(flags: u32, known: u32, name: &str) -> Result<()> {
     if flags & !known != 0 {
-        return Err(Error::invalid(Reason::UnknownFlags, format!("{name} has unknown bits {:#x}", flags & !known))
-            .hint("pass only flags that kvmprep.h defines"));
+        return Err(Error::invalid(
+            Reason::UnknownFlags,
+            format!("{name} has unknown bits {:#x}", flags & !known),
+        )
+        .hint("pass only flags that kvmprep.h defines"));
     }
     Ok(())
 }
@@ -232,7 +242,7 @@ pub fn range(gpa: u64, size: u64) -> Result<Range> {
         return Err(wrong(Reason::RangeEmpty, format!("the guest range at {gpa:#x} is empty"))
             .hint("leave empty ranges out"));
     }
-    if !(gpa | size).is_multiple_of(PAGE) {
+    if !is_page_aligned(gpa | size) {
         return Err(wrong(
             Reason::RangeUnaligned,
             format!("the guest range at {gpa:#x} of {size:#x} bytes is not a multiple of 4096"),

@@ -160,12 +160,14 @@ fn sort(asked: Range, outcome: Outcome) -> (Option<Range>, Option<Error>) {
     };
     match outcome {
         Outcome::Done => (None, None),
-        Outcome::Interrupted(rest) | Outcome::Stopped(rest) => {
-            (Some(rest), at(rest, libc::EINTR, Reason::Interrupted, "a signal came").map(|e| e.hint("call again")))
-        }
+        Outcome::Interrupted(rest) | Outcome::Stopped(rest) => (
+            Some(rest),
+            at(rest, libc::EINTR, Reason::Interrupted, "a signal came").map(|e| e.hint("call again")),
+        ),
         Outcome::VcpuRefused(rest) => (
             Some(rest),
-            at(rest, libc::EOPNOTSUPP, Reason::VcpuRefused, vcpu_refused_message()).map(|e| e.hint(VCPU_REFUSED_HINT)),
+            at(rest, libc::EOPNOTSUPP, Reason::VcpuRefused, vcpu_refused_message())
+                .map(|e| e.hint(VCPU_REFUSED_HINT)),
         ),
         Outcome::Unavailable(rest) => (
             Some(rest),

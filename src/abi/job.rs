@@ -48,8 +48,13 @@ pub unsafe extern "C" fn kvmprep_job_new(
             let opts = if opts.is_null() { default_opts() } else { read_growing(opts, "opts")? };
             let has_threads = opts.vcpu_fd != -1 || opts.n_vcpu_fds != 0 || opts.host_threads != 0;
             if has_threads || opts.progress.is_some() || opts.remaining_capacity != 0 {
-                return Err(Error::invalid(Reason::BadValue, "a job's options name threads, a callback or an array")
-                    .hint("use kvmprep_job_run, kvmprep_job_spawn, kvmprep_job_progress and kvmprep_job_remaining"));
+                return Err(Error::invalid(
+                    Reason::BadValue,
+                    "a job's options name threads, a callback or an array",
+                )
+                .hint(
+                    "use kvmprep_job_run, kvmprep_job_spawn, kvmprep_job_progress and kvmprep_job_remaining",
+                ));
             }
             let job = Job::new(vm, &asked, opts.options()?)?;
             write(out, Box::into_raw(Box::new(kvmprep_job(job))), "out")?;
@@ -77,7 +82,11 @@ pub unsafe extern "C" fn kvmprep_job_new(
 /// # Safety
 /// `job` is a job, `err` points to a kvmprep_error or is NULL.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn kvmprep_job_run(job: *mut kvmprep_job, vcpu_fd: c_int, err: *mut kvmprep_error) -> c_int {
+pub unsafe extern "C" fn kvmprep_job_run(
+    job: *mut kvmprep_job,
+    vcpu_fd: c_int,
+    err: *mut kvmprep_error,
+) -> c_int {
     // SAFETY: passed on from the caller.
     unsafe {
         boundary(err, || {
@@ -107,7 +116,8 @@ pub unsafe extern "C" fn kvmprep_job_run_near(
     unsafe {
         boundary(err, || {
             let job = &reference(job, "job")?.0;
-            let own = slice(own, n_own, "own")?.iter().map(kvmprep_range::decode).collect::<Result<Vec<_>>>()?;
+            let own =
+                slice(own, n_own, "own")?.iter().map(kvmprep_range::decode).collect::<Result<Vec<_>>>()?;
             run(job, vcpu_fd, &own)
         })
     }

@@ -5,7 +5,9 @@ use super::error::kvmprep_error;
 use super::vm::{kvmprep_range, kvmprep_vm};
 use crate::error::{Error, Reason, Result};
 use crate::memslot::{Backing, check_guest_width};
-use crate::populate::job::{Job, Leave, Options, Progress, Report, VCPU_REFUSED_HINT, Worker, vcpu_refused_message};
+use crate::populate::job::{
+    Job, Leave, Options, Progress, Report, VCPU_REFUSED_HINT, Worker, vcpu_refused_message,
+};
 use crate::populate::plan::Intent;
 use crate::range::Range;
 use crate::vm::Vm;
@@ -143,8 +145,11 @@ impl kvmprep_populate_opts {
             KVMPREP_INTENT_READ => Intent::Read,
             KVMPREP_INTENT_RESIDENT => Intent::Resident,
             other => {
-                return Err(Error::invalid(Reason::BadValue, format!("opts->intent is {other}, no KVMPREP_INTENT_*"))
-                    .hint("pass KVMPREP_INTENT_WRITE, _READ or _RESIDENT"));
+                return Err(Error::invalid(
+                    Reason::BadValue,
+                    format!("opts->intent is {other}, no KVMPREP_INTENT_*"),
+                )
+                .hint("pass KVMPREP_INTENT_WRITE, _READ or _RESIDENT"));
             }
         };
         Ok(Options {
@@ -305,7 +310,11 @@ pub(super) unsafe fn decode_ranges(vm: &Vm, ranges: *const kvmprep_range, n: usi
 ///
 /// # Safety
 /// `to` points to `capacity` writable elements, or `capacity` is 0.
-pub(super) unsafe fn write_ranges(ranges: impl Iterator<Item = Range>, to: *mut kvmprep_range, capacity: usize) {
+pub(super) unsafe fn write_ranges(
+    ranges: impl Iterator<Item = Range>,
+    to: *mut kvmprep_range,
+    capacity: usize,
+) {
     for (index, range) in ranges.take(capacity).enumerate() {
         // SAFETY: below the capacity.
         unsafe { to.add(index).write(kvmprep_range::encode(range)) };
@@ -322,8 +331,11 @@ pub(super) unsafe fn decode_vcpus<'a>(fds: *const i32, n: usize) -> Result<&'a [
     for (index, fd) in fds.iter().enumerate() {
         required_fd(*fd, "a descriptor in vcpu_fds")?;
         if fds[..index].contains(fd) {
-            return Err(Error::invalid(Reason::BadValue, format!("descriptor {fd} stands in vcpu_fds twice"))
-                .hint("pass each vCPU once: one thread uses it"));
+            return Err(Error::invalid(
+                Reason::BadValue,
+                format!("descriptor {fd} stands in vcpu_fds twice"),
+            )
+            .hint("pass each vCPU once: one thread uses it"));
         }
     }
     Ok(fds)
@@ -402,8 +414,12 @@ pub unsafe extern "C" fn kvmprep_populate(
             let has_vcpu = threads.own.is_some() || !threads.vcpus.is_empty();
             let no_vcpu = !has_vcpu && !options.host_only;
             if no_vcpu && options.require_stage2 {
-                return Err(Error::new(libc::EOPNOTSUPP, Reason::NoStage2, "no vCPU was passed to fill stage 2 with")
-                    .hint("set opts->vcpu_fd or opts->vcpu_fds"));
+                return Err(Error::new(
+                    libc::EOPNOTSUPP,
+                    Reason::NoStage2,
+                    "no vCPU was passed to fill stage 2 with",
+                )
+                .hint("set opts->vcpu_fd or opts->vcpu_fds"));
             }
             options.host_only |= no_vcpu;
             let job = Job::new(vm, &asked, options)?;
@@ -446,7 +462,12 @@ pub(super) fn default_opts() -> kvmprep_populate_opts {
 }
 
 /// Works on the calling thread until the job is over and its threads are gone.
-fn drive(job: &Arc<Job>, worker: Worker<'_>, threads: &Threads<'_>, opts: &kvmprep_populate_opts) -> Result<()> {
+fn drive(
+    job: &Arc<Job>,
+    worker: Worker<'_>,
+    threads: &Threads<'_>,
+    opts: &kvmprep_populate_opts,
+) -> Result<()> {
     let mut teller = Teller { call: opts.progress, opaque: Opaque(opts.opaque), last: Instant::now() };
     let spawned = job.spawn(threads.vcpus, threads.hosts);
     let leave = job.run(worker, &mut |job| teller.tell(job));

@@ -133,9 +133,12 @@ impl kvmprep_memslot {
             None
         };
         if file.is_some_and(|(_, offset)| offset.checked_add(self.size).is_none()) {
-            return Err(Error::invalid(Reason::RangeOverflow, "the slot's memory_fd_offset plus its size wraps")
-                .slot(self.slot)
-                .hint("pass the offset that is mapped at hva"));
+            return Err(Error::invalid(
+                Reason::RangeOverflow,
+                "the slot's memory_fd_offset plus its size wraps",
+            )
+            .slot(self.slot)
+            .hint("pass the offset that is mapped at hva"));
         }
         Ok(Memslot {
             region: Region {
@@ -214,7 +217,11 @@ pub unsafe extern "C" fn kvmprep_vm_new(
         boundary(err, || {
             check_out(out, "out")?;
             let config = read_growing(config, "config")?;
-            check_flags(config.flags, KVMPREP_VM_KEEP_MAPPINGS | KVMPREP_VM_MAPPINGS_ARE_KEPT, "config->flags")?;
+            check_flags(
+                config.flags,
+                KVMPREP_VM_KEEP_MAPPINGS | KVMPREP_VM_MAPPINGS_ARE_KEPT,
+                "config->flags",
+            )?;
             if config.gpa_bits != 0 && !(12..=52).contains(&config.gpa_bits) {
                 return Err(Error::invalid(
                     Reason::BadValue,
@@ -279,7 +286,8 @@ pub unsafe extern "C" fn kvmprep_vm_set_memslots(
     unsafe {
         boundary(err, || {
             let vm = reference(vm, "vm")?;
-            let slots = slice(slots, n, "slots")?.iter().map(kvmprep_memslot::decode).collect::<Result<Vec<_>>>()?;
+            let slots =
+                slice(slots, n, "slots")?.iter().map(kvmprep_memslot::decode).collect::<Result<Vec<_>>>()?;
             vm.0.set_memslots(&slots)?;
             Ok(0)
         })

@@ -25,8 +25,11 @@ pub fn check_extension(fd: RawFd, capability: u32) -> Sys<u32> {
 }
 
 pub fn disable_quirks(vm: RawFd, mask: u64) -> Sys<()> {
-    let mut cap =
-        kvm::kvm_enable_cap { cap: kvm::KVM_CAP_DISABLE_QUIRKS2, args: [mask, 0, 0, 0], ..Default::default() };
+    let mut cap = kvm::kvm_enable_cap {
+        cap: kvm::KVM_CAP_DISABLE_QUIRKS2,
+        args: [mask, 0, 0, 0],
+        ..Default::default()
+    };
     ioctl(vm, KVM_ENABLE_CAP, &mut cap)
 }
 
@@ -82,7 +85,8 @@ impl ExitRequest for RunPage {
     fn is_set(&self) -> bool {
         // SAFETY: the page stays mapped until drop; immediate_exit is a byte that its owner may write at any
         // time from a signal handler, hence the atomic load.
-        unsafe { &*self.0.add(std::mem::offset_of!(kvm::kvm_run, immediate_exit)) }.load(Ordering::Relaxed) != 0
+        unsafe { &*self.0.add(std::mem::offset_of!(kvm::kvm_run, immediate_exit)) }.load(Ordering::Relaxed)
+            != 0
     }
 }
 

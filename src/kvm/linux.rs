@@ -51,7 +51,9 @@ pub fn block_asynchronous_signals() -> impl Drop {
     unsafe {
         let (mut all, mut old) = (std::mem::zeroed(), std::mem::zeroed());
         libc::sigfillset(&mut all);
-        for synchronous in [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP, libc::SIGSYS] {
+        for synchronous in
+            [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP, libc::SIGSYS]
+        {
             libc::sigdelset(&mut all, synchronous);
         }
         libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut old);
@@ -305,7 +307,8 @@ impl Kernel for Linux {
 
     fn event_add(&self, event: &OwnedFd, count: u64) -> Sys<()> {
         // SAFETY: writes eight bytes from a live u64.
-        let written = unsafe { libc::write(event.as_raw_fd(), std::ptr::from_ref(&count) as *const c_void, 8) };
+        let written =
+            unsafe { libc::write(event.as_raw_fd(), std::ptr::from_ref(&count) as *const c_void, 8) };
         check(written as c_int).map(drop)
     }
 

@@ -9,7 +9,7 @@ pub use record::SlotRecord;
 
 use crate::error::{Error, Reason, Result, Stage};
 use crate::kvm::{MEM_GUEST_MEMFD, MEM_LOG_DIRTY_PAGES, MEM_READONLY, MappedObject, Region};
-use crate::range::{PAGE, Range};
+use crate::range::{Range, is_page_aligned};
 use std::os::fd::RawFd;
 
 /// A slot number with its address space in the upper half, as KVM encodes it.
@@ -102,29 +102,39 @@ impl Memslot {
     /// Looks for plain mistakes, those that need no other slot to be seen.
     pub fn check(&self, gpa_bits: u32) -> Result<()> {
         let region = &self.region;
-        let wrong = |reason, message: String| Error::invalid(reason, message).stage(Stage::Memslot).slot(region.slot);
+        let wrong =
+            |reason, message: String| Error::invalid(reason, message).stage(Stage::Memslot).slot(region.slot);
         if region.flags & !(MEM_READONLY | MEM_LOG_DIRTY_PAGES | MEM_GUEST_MEMFD) != 0 {
-            return Err(wrong(Reason::UnknownFlags, format!("memslot flags {:#x} are not all known", region.flags))
-                .hint("use KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY and KVM_MEM_GUEST_MEMFD only"));
+            return Err(wrong(
+                Reason::UnknownFlags,
+                format!("memslot flags {:#x} are not all known", region.flags),
+            )
+            .hint("use KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY and KVM_MEM_GUEST_MEMFD only"));
         }
         let unaligned = |what: &str, value: u64| {
-            wrong(Reason::RangeUnaligned, format!("memslot {what} {value:#x} is not a multiple of 4096 bytes"))
-                .hint("align the slot's gpa, hva, size and guest_memfd offset to 4096 bytes")
+            wrong(
+                Reason::RangeUnaligned,
+                format!("memslot {what} {value:#x} is not a multiple of 4096 bytes"),
+            )
+            .hint("align the slot's gpa, hva, size and guest_memfd offset to 4096 bytes")
         };
         for (what, value) in [("size", region.size), ("gpa", region.gpa), ("hva", region.hva)] {
-            if !value.is_multiple_of(PAGE) {
+            if !is_page_aligned(value) {
                 return Err(unaligned(what, value));
             }
         }
-        if self.has_guest_memfd() && !region.guest_memfd_offset.is_multiple_of(PAGE) {
+        if self.has_guest_memfd() && !is_page_aligned(region.guest_memfd_offset) {
             return Err(unaligned("guest_memfd offset", region.guest_memfd_offset));
         }
         if region.size == 0 {
             return Ok(());
         }
         let overflows = |what: &str, start: u64| {
-            wrong(Reason::RangeOverflow, format!("memslot {what} {start:#x} plus size {:#x} wraps", region.size))
-                .hint("check where the slot's start and size come from")
+            wrong(
+                Reason::RangeOverflow,
+                format!("memslot {what} {start:#x} plus size {:#x} wraps", region.size),
+            )
+            .hint("check where the slot's start and size come from")
         };
         let Some(range) = self.range() else { return Err(overflows("gpa", region.gpa)) };
         if region.hva.checked_add(region.size).is_none() {

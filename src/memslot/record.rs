@@ -49,7 +49,11 @@ impl SlotRecord {
 
     /// The slots that `range` of an address space touches, by place.
     pub fn touching(&self, space: u32, range: Range) -> impl Iterator<Item = (Range, &Memslot)> {
-        let first = self.by_place.range((space, 0)..=(space, range.start)).next_back().map_or(range.start, |(k, _)| k.1);
+        let first = self
+            .by_place
+            .range((space, 0)..=(space, range.start))
+            .next_back()
+            .map_or(range.start, |(k, _)| k.1);
         self.by_place
             .range((space, first)..(space, range.end))
             .filter_map(|(_, id)| self.by_id.get(id))
@@ -112,13 +116,17 @@ mod tests {
     #[test]
     fn finds_what_a_range_touches() {
         let mut record = SlotRecord::default();
-        for s in [slot(0, 0, 0x1000), slot(1, 0x1000, 0x4000), slot(2, 0x8000, 0x1000), slot(0x10001, 0x1000, 0x1000)] {
+        for s in [
+            slot(0, 0, 0x1000),
+            slot(1, 0x1000, 0x4000),
+            slot(2, 0x8000, 0x1000),
+            slot(0x10001, 0x1000, 0x1000),
+        ] {
             record.check_room(&s).unwrap();
             record.replace(&s);
         }
-        let touching = |start, end| {
-            record.touching(0, Range { start, end }).map(|(_, s)| s.id()).collect::<Vec<_>>()
-        };
+        let touching =
+            |start, end| record.touching(0, Range { start, end }).map(|(_, s)| s.id()).collect::<Vec<_>>();
         assert_eq!(touching(0x2000, 0x3000), [1]);
         assert_eq!(touching(0xfff, 0x8001), [0, 1, 2]);
         assert_eq!(touching(0x5000, 0x8000), Vec::<SlotId>::new());

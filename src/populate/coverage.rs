@@ -177,7 +177,10 @@ mod tests {
     fn reading_is_less_than_writing() {
         let coverage = populated();
         let covered = coverage.within(ALL);
-        assert_eq!((covered.host, covered.stage2_read, covered.stage2_write, covered.lost), (0x6000, 0x6000, 0x4000, 0));
+        assert_eq!(
+            (covered.host, covered.stage2_read, covered.stage2_write, covered.lost),
+            (0x6000, 0x6000, 0x4000, 0)
+        );
         assert_eq!(coverage.missing(Table::Stage2, Access::Write, B), [B]);
         assert!(coverage.missing(Table::Stage2, Access::Read, B).is_empty());
     }

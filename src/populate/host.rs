@@ -109,7 +109,7 @@ fn kernel_page_size(smaps: &str, hva: u64) -> Option<u64> {
 }
 
 fn page_name(size: u64) -> String {
-    if size.is_multiple_of(1 << 30) {
+    if size % (1 << 30) == 0 {
         format!("{} GiB pages", size >> 30)
     } else {
         format!("{} MiB pages", size >> 20)

@@ -294,7 +294,9 @@ impl Job {
         // A slot whose change was announced since the record was read is not in the queue's ears yet.
         let changed: Vec<Range> = {
             let memory = job.vm.memory();
-            let is_stale = |s: &&Segment| memory.slots.is_changing(s.slot) || memory.slots.get(s.slot) != slots.get(s.slot);
+            let is_stale = |s: &&Segment| {
+                memory.slots.is_changing(s.slot) || memory.slots.get(s.slot) != slots.get(s.slot)
+            };
             job.plan.segments.iter().filter(is_stale).map(|s| s.range).collect()
         };
         changed.into_iter().for_each(|range| job.queue.withdraw(range));
@@ -480,7 +482,13 @@ impl Job {
     }
 
     /// Maps what of `range` is in memory, run by run; says how many bytes, up to where it came, are not.
-    fn map_resident(&self, vcpu: RawFd, segment: &Segment, range: Range, patience: &InJob<'_>) -> (Outcome, u64) {
+    fn map_resident(
+        &self,
+        vcpu: RawFd,
+        segment: &Segment,
+        range: Range,
+        patience: &InJob<'_>,
+    ) -> (Outcome, u64) {
         let Some(base) = segment.hva_of(range.start) else { return (Outcome::Done, 0) };
         let to_gpa = |hva: u64| range.start + (hva - base);
         let end = base + range.size();
@@ -543,7 +551,8 @@ impl Job {
 
     /// Whether the job is over; ends it when its time is up.
     pub fn has_ended(&self) -> bool {
-        if self.end.get().is_none() && self.options.timeout.is_some_and(|most| self.started.elapsed() >= most) {
+        if self.end.get().is_none() && self.options.timeout.is_some_and(|most| self.started.elapsed() >= most)
+        {
             self.end_with(End::TimedOut);
         }
         self.end.get().is_some()
@@ -611,7 +620,9 @@ impl Job {
                 return Err(Error::new(libc::ETIMEDOUT, Reason::NotFinished, "the job is still at work")
                     .hint("wait again, or cancel it"));
             }
-            self.queue.sleep(now, left.min(PROGRESS_PERIOD)).map_err(|errno| Error::kernel(errno, "waiting"))?;
+            self.queue
+                .sleep(now, left.min(PROGRESS_PERIOD))
+                .map_err(|errno| Error::kernel(errno, "waiting"))?;
         }
     }
 
@@ -632,7 +643,11 @@ impl Job {
             stage2_total: self.stage2_total,
             host: self.counters.host.load(Relaxed),
             stage2: self.counters.stage2.load(Relaxed) + self.counters.absent.load(Relaxed),
-            elapsed: if ended { Duration::from_nanos(self.wall_ns.load(SeqCst)) } else { self.started.elapsed() },
+            elapsed: if ended {
+                Duration::from_nanos(self.wall_ns.load(SeqCst))
+            } else {
+                self.started.elapsed()
+            },
             ended,
         }
     }
@@ -647,15 +662,20 @@ impl Job {
     /// How the job ended, as the error that the caller should see.
     pub fn verdict(&self) -> Result<()> {
         let stopped = |errno, reason, message: &str| {
-            Err(Error::new(errno, reason, message).hint("what is not done is in the result: populate it again"))
+            Err(Error::new(errno, reason, message)
+                .hint("what is not done is in the result: populate it again"))
         };
         match self.end.get() {
             None => Err(Error::new(libc::EBUSY, Reason::NotFinished, "the job is still at work")),
             Some(End::Complete) => Ok(()),
             Some(End::OutOfVcpus) if !self.options.require_stage2 => Ok(()),
             Some(End::OutOfVcpus) => Err(self.out_of_vcpus()),
-            Some(End::Cancelled) => stopped(libc::ECANCELED, Reason::Cancelled, "the population was cancelled"),
-            Some(End::TimedOut) => stopped(libc::ETIMEDOUT, Reason::TimedOut, "the population ran out of time"),
+            Some(End::Cancelled) => {
+                stopped(libc::ECANCELED, Reason::Cancelled, "the population was cancelled")
+            }
+            Some(End::TimedOut) => {
+                stopped(libc::ETIMEDOUT, Reason::TimedOut, "the population ran out of time")
+            }
             Some(End::Failed(error)) => Err((**error).clone()),
         }
     }
@@ -814,7 +834,8 @@ fn fill_queue(vm: &Vm, kernel: &Arc<dyn Kernel>, plan: &Plan, skip_covered: bool
                 for_host.remove(covered);
             });
         }
-        let to_do: RangeSet = for_host.within(segment.range).chain(for_stage2.within(segment.range)).collect();
+        let to_do: RangeSet =
+            for_host.within(segment.range).chain(for_stage2.within(segment.range)).collect();
         skipped += segment.range.size() - to_do.size();
     }
     let waiting: Vec<Range> = for_host.iter().collect();

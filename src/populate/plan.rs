@@ -111,7 +111,8 @@ impl Plan {
     pub fn new(kernel: &dyn Kernel, slots: &SlotRecord, asked: &[Range], wish: Wish) -> Result<Self> {
         let mut plan = Self::default();
         if asked.is_empty() {
-            let all = slots.of_address_space(0).filter(|(_, slot)| !slot.nature.sparse && !slot.nature.device);
+            let all =
+                slots.of_address_space(0).filter(|(_, slot)| !slot.nature.sparse && !slot.nature.device);
             for (range, slot) in all {
                 // A slot that is on its way out, or that only residents may touch, is not "all memory" now.
                 let unfit = slots.is_changing(slot.id())
@@ -144,9 +145,13 @@ impl Plan {
         }
         match Range::between(at, range.end) {
             None => Ok(()),
-            Some(hole) => Err(Error::new(libc::ENOENT, Reason::NoMemslot, format!("no memslot at guest address {at:#x}"))
-                .range(hole)
-                .hint("name only memory that has a slot, and tell the handle of every slot")),
+            Some(hole) => Err(Error::new(
+                libc::ENOENT,
+                Reason::NoMemslot,
+                format!("no memslot at guest address {at:#x}"),
+            )
+            .range(hole)
+            .hint("name only memory that has a slot, and tell the handle of every slot")),
         }
     }
 
@@ -163,7 +168,9 @@ impl Plan {
             let hva = slot.region.hva + (at - slot.region.gpa);
             let mapping = kernel
                 .mapping(hva)
-                .map_err(|errno| Error::kernel(errno, "looking up the slot's mapping").slot(slot.id()).range(rest))?
+                .map_err(|errno| {
+                    Error::kernel(errno, "looking up the slot's mapping").slot(slot.id()).range(rest)
+                })?
                 .filter(|m| m.start <= hva)
                 .ok_or_else(|| not_mapped(slot, rest, hva))?;
             let end = part.end.min(at.saturating_add(mapping.end - hva));
@@ -213,14 +220,17 @@ fn is_hidden(kernel: &dyn Kernel, slot: &Memslot) -> Result<bool> {
     if let Some(backing) = slot.backing {
         return Ok(backing == Backing { object: MappedObject::GuestMemfd, shared: false });
     }
-    let mapping =
-        kernel.mapping(slot.region.hva).map_err(|errno| Error::kernel(errno, "looking up the slot's mapping"))?;
+    let mapping = kernel
+        .mapping(slot.region.hva)
+        .map_err(|errno| Error::kernel(errno, "looking up the slot's mapping"))?;
     Ok(!mapping.is_some_and(|m| m.start <= slot.region.hva && m.object == MappedObject::GuestMemfd))
 }
 
 fn check_slot_is_fit(slots: &SlotRecord, slot: &Memslot, part: Range, intent: Intent) -> Result<()> {
     let unfit = |errno, reason, message: &str| {
-        Err(Error::new(errno, reason, format!("memslot {:#x} {message}", slot.id())).slot(slot.id()).range(part))
+        Err(Error::new(errno, reason, format!("memslot {:#x} {message}", slot.id()))
+            .slot(slot.id())
+            .range(part))
     };
     if slot.nature.device {
         return unfit(libc::EINVAL, Reason::MemslotDevice, "is device memory, which cannot be populated")
@@ -231,18 +241,28 @@ fn check_slot_is_fit(slots: &SlotRecord, slot: &Memslot, part: Range, intent: In
             .map_err(|e: Error| e.hint("call again after kvmprep_memslot_note"));
     }
     if slot.nature.userfaultfd && intent != Intent::Resident {
-        return unfit(libc::EBUSY, Reason::MemslotUserfaultfd, "is registered with userfaultfd, and populating it would wait")
-            .map_err(|e: Error| e.hint("use KVMPREP_INTENT_RESIDENT, or populate after userfaultfd has been taken off"));
+        return unfit(
+            libc::EBUSY,
+            Reason::MemslotUserfaultfd,
+            "is registered with userfaultfd, and populating it would wait",
+        )
+        .map_err(|e: Error| {
+            e.hint("use KVMPREP_INTENT_RESIDENT, or populate after userfaultfd has been taken off")
+        });
     }
     Ok(())
 }
 
 fn not_mapped(slot: &Memslot, rest: Range, hva: u64) -> Error {
-    Error::new(libc::EFAULT, Reason::NoHostMapping, format!("nothing is mapped at {hva:#x}, behind guest {rest}"))
-        .stage(Stage::Host)
-        .slot(slot.id())
-        .range(rest)
-        .hint("map the slot's memory before it is populated, and announce a slot's change before its munmap")
+    Error::new(
+        libc::EFAULT,
+        Reason::NoHostMapping,
+        format!("nothing is mapped at {hva:#x}, behind guest {rest}"),
+    )
+    .stage(Stage::Host)
+    .slot(slot.id())
+    .range(rest)
+    .hint("map the slot's memory before it is populated, and announce a slot's change before its munmap")
 }
 
 /// How one mapped piece is treated.
@@ -294,7 +314,9 @@ fn segment(
 fn host_method(backing: Backing, access: Access, intent: Intent, has_file: bool) -> HostMethod {
     match (intent, access, backing.object) {
         (Intent::Resident, ..) => HostMethod::Nothing,
-        (_, Access::Write, MappedObject::Shmem) if backing.shared && has_file => HostMethod::AllocateAndPopulate,
+        (_, Access::Write, MappedObject::Shmem) if backing.shared && has_file => {
+            HostMethod::AllocateAndPopulate
+        }
         (_, Access::Write, _) => HostMethod::PopulateWrite,
         (_, Access::Read, _) => HostMethod::PopulateRead,
     }

@@ -118,7 +118,11 @@ impl Queue {
             return if comes_back { Claim::Later(self.now()) } else { Claim::Nothing };
         };
         let range = cut(waiting);
-        if needs_host { state.host.remove(range) } else { state.stage2.remove(range) };
+        if needs_host {
+            state.host.remove(range)
+        } else {
+            state.stage2.remove(range)
+        };
         let ticket = state.next_ticket;
         state.next_ticket = ticket.wrapping_add(1);
         state.in_hand.push(InHand { ticket, range, needs_host });

@@ -19,7 +19,11 @@ pub fn check(kernel: &dyn Kernel, plan: &Plan) -> Result<()> {
             return Err(Error::new(
                 libc::ENOMEM,
                 reason,
-                format!("populating needs {} MiB more, and {whose} has {} MiB free", need >> 20, supply >> 20),
+                format!(
+                    "populating needs {} MiB more, and {whose} has {} MiB free",
+                    need >> 20,
+                    supply >> 20
+                ),
             )
             .stage(Stage::Host)
             .hint("free memory, raise the limit named, or populate less"));
@@ -108,7 +112,8 @@ fn cgroup_free(kernel: &dyn Kernel, directory: &str) -> Option<u64> {
     let limit = number(&read("memory.max")?)?;
     let used = number(&read("memory.current")?)?;
     let stat = read("memory.stat")?;
-    let cache = field(&stat, "inactive_file")? + field(&stat, "active_file")? + field(&stat, "slab_reclaimable")?;
+    let cache =
+        field(&stat, "inactive_file")? + field(&stat, "active_file")? + field(&stat, "slab_reclaimable")?;
     Some(limit.saturating_sub(used.saturating_sub(cache)))
 }
 

@@ -99,6 +99,14 @@ pub fn check_symbols(library: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Fails when programs linked against the library would not ask for its ABI.
+pub fn check_soname(library: &Path) -> Result<()> {
+    let dynamic = project::run(Command::new("readelf").args(["--dynamic", "--wide"]).arg(library))?;
+    let soname = "Library soname: [libkvmprep.so.0]";
+    ensure!(dynamic.contains(soname), "{}: no {soname}", library.display());
+    Ok(())
+}
+
 /// Names before a `(` at the start of a declaration: in the header, comments apart, only functions have one.
 fn declared_functions(header: &str) -> BTreeSet<String> {
     let declarations = header.lines().filter(|line| !line.trim_start().starts_with(['*', '/', '#', ' ']));

@@ -163,11 +163,18 @@ fn parse_row(fields: &[&str]) -> Option<Row> {
 }
 
 fn print_table(host: &Host, mebibytes: u64, rows: &[Row], without: &[(String, String)]) {
-    println!("A guest writes one word to each 4 KiB page of {mebibytes} MiB. Linux {}, KVM: {}.", host.kernel, host.kvm);
+    println!(
+        "A guest writes one word to each 4 KiB page of {mebibytes} MiB. Linux {}, KVM: {}.",
+        host.kernel, host.kvm
+    );
     if host.kvm == "emulated" {
-        println!("(Real kernel, real KVM, emulated CPU: the faults are exact, times compare within a row only.)");
+        println!(
+            "(Real kernel, real KVM, emulated CPU: the faults are exact, times compare within a row only.)"
+        );
     }
-    println!("For each way of preparing its memory: stage-2 faults left, guest time, population time (ms).\n");
+    println!(
+        "For each way of preparing its memory: stage-2 faults left, guest time, population time (ms).\n"
+    );
     print!("{:22}", "backing");
     for (_, title) in WAYS {
         print!(" | {title:^25}");
@@ -183,7 +190,9 @@ fn print_table(host: &Host, mebibytes: u64, rows: &[Row], without: &[(String, St
         print!("{backing:22}");
         for (way, _) in WAYS {
             match rows.iter().find(|row| row.backing == backing && row.way == way) {
-                Some(row) => print!(" | {:>7} {:>8.1} {:>8.1}", row.faults_left, row.guest_ms, row.populate_ms),
+                Some(row) => {
+                    print!(" | {:>7} {:>8.1} {:>8.1}", row.faults_left, row.guest_ms, row.populate_ms)
+                }
                 None => print!(" | {:>25}", "-"),
             }
         }

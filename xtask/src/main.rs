@@ -3,9 +3,12 @@
 mod abi;
 mod bed;
 mod demo;
+mod lanes;
 mod programs;
 mod project;
 mod setup;
+mod soak;
+mod test;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -21,6 +24,10 @@ struct Cli {
 enum Command {
     /// Show the main job: a real guest, every backing, four ways, the faults that are left.
     Demo(demo::Cli),
+    /// Everything that judges a change.
+    Test(test::Cli),
+    /// The tests' full-size runs.
+    Soak(soak::Cli),
     /// Boot real Linux kernels with real KVM under emulation.
     Bed(bed::Cli),
     /// The C interface: write the header, or check that it is current.
@@ -30,6 +37,8 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Demo(cli) => demo::main(cli),
+        Command::Test(cli) => test::main(cli),
+        Command::Soak(cli) => soak::main(cli),
         Command::Bed(cli) => bed::main(cli),
         Command::Abi(cli) => abi::main(cli),
     };

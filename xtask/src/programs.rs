@@ -23,7 +23,8 @@ impl Programs {
         project::run(project::cargo().args(["build", "--release", "--package", "kvmprep"]))?;
         let (libraries, programs) = (project::output()?.join("lib"), project::output()?.join("programs"));
         for directory in [&libraries, &programs] {
-            std::fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
+            std::fs::create_dir_all(directory)
+                .with_context(|| format!("cannot make {}", directory.display()))?;
         }
         std::fs::copy(project::target().join("release/libkvmprep.so"), libraries.join("libkvmprep.so.0"))
             .context("cannot copy the library")?;
@@ -45,21 +46,37 @@ impl Programs {
     pub fn build(&self, name: &str) -> Result<PathBuf> {
         let tests = project::root().join("c-tests");
         let program = self.programs.join(name);
-        let mut compiler = Command::new("cc");
-        compiler.args(C_FLAGS).arg("-I").arg(project::root().join("include")).arg("-I").arg(&tests);
-        compiler.arg(tests.join(format!("{name}.c")));
-        compiler.args(["support/check.c", "support/guest.c"].map(|file| tests.join(file)));
+        let mut compiler = compiler(&tests, name);
+        compiler.args(support_sources(&tests.join("support"))?);
         compiler.arg("-L").arg(&self.libraries).args(["-lkvmprep", "-pthread", "-o"]).arg(&program);
         project::run(&mut compiler).with_context(|| format!("c-tests/{name}.c does not compile"))?;
         Ok(program)
     }
+
+    /// Compiles `c-tests/NAME.c`, which is no program by itself.
+    pub fn build_object(&self, name: &str) -> Result<PathBuf> {
+        let object = self.programs.join(format!("{name}.o"));
+        let mut compiler = compiler(&project::root().join("c-tests"), name);
+        compiler.args(["-c", "-o"]).arg(&object);
+        project::run(&mut compiler).with_context(|| format!("c-tests/{name}.c does not compile"))?;
+        Ok(object)
+    }
+}
+
+fn compiler(tests: &Path, name: &str) -> Command {
+    let mut compiler = Command::new("cc");
+    compiler.args(C_FLAGS).arg("-I").arg(project::root().join("include")).arg("-I").arg(tests);
+    compiler.arg(tests.join(format!("{name}.c")));
+    compiler
 }
 
 /// The names of all C tests: what lies in `c-tests/`, but for benchmarks and the demonstration.
 pub fn test_names() -> Result<Vec<String>> {
     let directory = project::root().join("c-tests");
     let mut names = Vec::new();
-    for entry in std::fs::read_dir(&directory).with_context(|| format!("cannot list {}", directory.display()))? {
+    for entry in
+        std::fs::read_dir(&directory).with_context(|| format!("cannot list {}", directory.display()))?
+    {
         let name = entry?.file_name().to_string_lossy().into_owned();
         let Some(name) = name.strip_suffix(".c") else { continue };
         if !name.starts_with("bench_") && !["demo", "example"].contains(&name) {
@@ -68,6 +85,16 @@ pub fn test_names() -> Result<Vec<String>> {
     }
     names.sort();
     Ok(names)
+}
+
+/// What the programs share.
+fn support_sources(directory: &Path) -> Result<Vec<PathBuf>> {
+    let entries =
+        std::fs::read_dir(directory).with_context(|| format!("cannot list {}", directory.display()))?;
+    let mut sources = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<PathBuf>>>()?;
+    sources.retain(|path| path.extension().is_some_and(|extension| extension == "c"));
+    sources.sort();
+    Ok(sources)
 }
 
 fn link(target: &str, at: &Path) -> Result<()> {
