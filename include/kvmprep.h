@@ -1246,8 +1246,8 @@ int kvmprep_job_new(struct kvmprep_vm *vm,
  *
  * Threads: any number at once, each with a vCPU of its own. Returns 0 when nothing is left for this thread:
  * the job is over, or what remains needs a vCPU and this thread has none. -EINTR: see above. -EOPNOTSUPP
- * (VCPU_REFUSED): this vCPU cannot now; its work is left for others. -EINVAL (`job` NULL), -EBADF or what mmap
- * answered (not a vCPU). When the job has failed, been cancelled or run out of time: its error, as
+ * (VCPU_REFUSED): this vCPU cannot now; its work is left for others. -EINVAL (`job` NULL), -EBADF (not a
+ * vCPU). When the job has failed, been cancelled or run out of time: its error, as
  * kvmprep_job_wait() gives it.
  */
 int kvmprep_job_run(struct kvmprep_job *job,

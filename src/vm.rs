@@ -62,9 +62,19 @@ pub fn keep_mappings(kernel: &dyn Kernel, vm_fd: RawFd) -> Result<()> {
         .map_err(|errno| Error::kernel(errno, "disabling KVM_X86_QUIRK_SLOT_ZAP_ALL"))
 }
 
+/// Refuses what is no VM. /dev/kvm answers what the probe asks too, so the probe cannot tell.
+fn check_vm(kernel: &dyn Kernel, fd: RawFd) -> Result<()> {
+    if kernel.file_name(fd).is_none_or(|name| name.contains("kvm-vm")) {
+        return Ok(());
+    }
+    Err(Error::new(libc::EBADF, Reason::BadFd, format!("descriptor {fd} is not a VM"))
+        .hint("pass what KVM_CREATE_VM returned"))
+}
+
 impl Vm {
     /// A handle without slots.
     pub fn new(kernel: Arc<dyn Kernel>, config: Config) -> Result<Self> {
+        check_vm(&*kernel, config.vm_fd)?;
         if config.keep_mappings {
             keep_mappings(&*kernel, config.vm_fd)?;
         }

@@ -75,8 +75,8 @@ pub unsafe extern "C" fn kvmprep_job_new(
 ///
 /// Threads: any number at once, each with a vCPU of its own. Returns 0 when nothing is left for this thread:
 /// the job is over, or what remains needs a vCPU and this thread has none. -EINTR: see above. -EOPNOTSUPP
-/// (VCPU_REFUSED): this vCPU cannot now; its work is left for others. -EINVAL (`job` NULL), -EBADF or what mmap
-/// answered (not a vCPU). When the job has failed, been cancelled or run out of time: its error, as
+/// (VCPU_REFUSED): this vCPU cannot now; its work is left for others. -EINVAL (`job` NULL), -EBADF (not a
+/// vCPU). When the job has failed, been cancelled or run out of time: its error, as
 /// kvmprep_job_wait() gives it.
 ///
 /// # Safety
@@ -160,7 +160,7 @@ pub unsafe extern "C" fn kvmprep_job_spawn(
     unsafe {
         boundary(err, || {
             let job = &reference(job, "job")?.0;
-            job.spawn(decode_vcpus(vcpu_fds, n_vcpus)?, check_thread_count(host_threads)?)?;
+            job.spawn(decode_vcpus(job.kernel(), vcpu_fds, n_vcpus)?, check_thread_count(host_threads)?)?;
             Ok(0)
         })
     }

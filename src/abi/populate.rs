@@ -4,9 +4,10 @@ use super::boundary::*;
 use super::error::kvmprep_error;
 use super::vm::{kvmprep_range, kvmprep_vm};
 use crate::error::{Error, Reason, Result};
+use crate::kvm::Kernel;
 use crate::memslot::{Backing, check_guest_width};
 use crate::populate::job::{
-    Job, Leave, Options, Progress, Report, VCPU_REFUSED_HINT, Worker, vcpu_refused_message,
+    Job, Leave, Options, Progress, Report, VCPU_REFUSED_HINT, Worker, vcpu_refused_message, watch_vcpu,
 };
 use crate::populate::plan::Intent;
 use crate::range::Range;
@@ -325,7 +326,7 @@ pub(super) unsafe fn write_ranges(
 ///
 /// # Safety
 /// As [`slice`].
-pub(super) unsafe fn decode_vcpus<'a>(fds: *const i32, n: usize) -> Result<&'a [RawFd]> {
+pub(super) unsafe fn decode_vcpus<'a>(kernel: &dyn Kernel, fds: *const i32, n: usize) -> Result<&'a [RawFd]> {
     // SAFETY: passed on from the caller.
     let fds = unsafe { slice(fds, n, "vcpu_fds")? };
     for (index, fd) in fds.iter().enumerate() {
@@ -337,6 +338,7 @@ pub(super) unsafe fn decode_vcpus<'a>(fds: *const i32, n: usize) -> Result<&'a [
             )
             .hint("pass each vCPU once: one thread uses it"));
         }
+        watch_vcpu(kernel, *fd)?;
     }
     Ok(fds)
 }
@@ -403,7 +405,7 @@ pub unsafe extern "C" fn kvmprep_populate(
             let mut options = opts.options()?;
             let threads = Threads {
                 own: optional_fd(opts.vcpu_fd, "opts->vcpu_fd")?,
-                vcpus: decode_vcpus(opts.vcpu_fds, opts.n_vcpu_fds)?,
+                vcpus: decode_vcpus(&*vm.kernel, opts.vcpu_fds, opts.n_vcpu_fds)?,
                 hosts: check_thread_count(opts.host_threads)?,
             };
             if threads.own.is_some_and(|own| threads.vcpus.contains(&own)) {

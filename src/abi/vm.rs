@@ -2,8 +2,8 @@
 
 use super::boundary::*;
 use super::error::kvmprep_error;
-use crate::error::{Error, Reason, Result};
-use crate::kvm::{Linux, Region};
+use crate::error::{Error, Reason, Result, Stage};
+use crate::kvm::{Linux, MEM_GUEST_MEMFD, Region};
 use crate::memslot::{Backing, Memslot, Nature, check_guest_width};
 use crate::range::Range;
 use crate::vm::{Config, Vm};
@@ -120,12 +120,16 @@ const _: () = assert!(size_of::<kvmprep_memslot>() == 128);
 
 impl kvmprep_memslot {
     fn decode(&self) -> Result<Memslot> {
+        self.decode_fields().map_err(|error| error.stage(Stage::Memslot).slot(self.slot))
+    }
+
+    fn decode_fields(&self) -> Result<Memslot> {
         check_reserved(self.reserved == [0; 8], "kvmprep_memslot")?;
         let known = KVMPREP_MEMSLOT_SPARSE
             | KVMPREP_MEMSLOT_DEVICE
             | KVMPREP_MEMSLOT_USERFAULTFD
             | KVMPREP_MEMSLOT_MEMORY_FD;
-        check_flags(self.attributes, known, "kvmprep_memslot.attributes").map_err(|e| e.slot(self.slot))?;
+        check_flags(self.attributes, known, "kvmprep_memslot.attributes")?;
         let has = |attribute| self.attributes & attribute != 0;
         let file = if has(KVMPREP_MEMSLOT_MEMORY_FD) {
             Some((required_fd(self.memory_fd, "kvmprep_memslot.memory_fd")?, self.memory_fd_offset))
@@ -137,8 +141,10 @@ impl kvmprep_memslot {
                 Reason::RangeOverflow,
                 "the slot's memory_fd_offset plus its size wraps",
             )
-            .slot(self.slot)
             .hint("pass the offset that is mapped at hva"));
+        }
+        if self.flags & MEM_GUEST_MEMFD != 0 && self.size != 0 {
+            required_fd(self.guest_memfd, "kvmprep_memslot.guest_memfd")?;
         }
         Ok(Memslot {
             region: Region {
@@ -150,7 +156,7 @@ impl kvmprep_memslot {
                 guest_memfd: self.guest_memfd,
                 guest_memfd_offset: self.guest_memfd_offset,
             },
-            backing: decode_backing(self.backing).map_err(|e| e.slot(self.slot))?,
+            backing: decode_backing(self.backing)?,
             file,
             nature: Nature {
                 sparse: has(KVMPREP_MEMSLOT_SPARSE),

@@ -219,13 +219,7 @@ pub struct Worker<'a> {
 impl<'a> Worker<'a> {
     /// The caller's thread, with the vCPU that it owns, if any. `own` is memory that it should take first.
     pub fn visitor(kernel: &dyn Kernel, vcpu: Option<RawFd>, own: &'a [Range]) -> Result<Self> {
-        let watch = |fd| {
-            kernel.exit_request(fd).map_err(|errno| {
-                Error::new(errno.0, Reason::BadFd, format!("descriptor {fd} is not a vCPU: {errno}"))
-                    .hint("pass what KVM_CREATE_VCPU returned, or -1 for the host stage only")
-            })
-        };
-        let exit_request = vcpu.map(watch).transpose()?;
+        let exit_request = vcpu.map(|fd| watch_vcpu(kernel, fd)).transpose()?;
         Ok(Self { vcpu, own, exit_request, is_library: false, refused: false })
     }
 
@@ -236,6 +230,20 @@ impl<'a> Worker<'a> {
     fn is_wanted_elsewhere(&self) -> bool {
         self.exit_request.as_ref().is_some_and(|request| request.is_set())
     }
+}
+
+/// Watches a vCPU's wish to leave; refuses what is no vCPU. Asks by mapping it, which waits for nobody.
+pub fn watch_vcpu(kernel: &dyn Kernel, fd: RawFd) -> Result<Box<dyn ExitRequest>> {
+    let not_a_vcpu = || {
+        Error::new(libc::EBADF, Reason::BadFd, format!("descriptor {fd} is not a vCPU"))
+            .hint("pass what KVM_CREATE_VCPU returned, or -1 for the host stage only")
+    };
+    let watch = kernel.exit_request(fd).map_err(|errno| match errno.0 {
+        libc::ENOMEM => Error::kernel(errno, "mapping kvm_run"),
+        _ => not_a_vcpu(),
+    })?;
+    // Other things can be mapped too, and reading there may be fatal: a file may be empty.
+    if stage2::is_vcpu(kernel, fd) { Ok(watch) } else { Err(not_a_vcpu()) }
 }
 
 impl Job {

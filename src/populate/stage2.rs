@@ -80,7 +80,7 @@ pub fn pre_fault(kernel: &dyn Kernel, vcpu: RawFd, range: Range, patience: &dyn 
 }
 
 /// Whether the descriptor is not known to be something else than a vCPU.
-fn is_vcpu(kernel: &dyn Kernel, fd: RawFd) -> bool {
+pub fn is_vcpu(kernel: &dyn Kernel, fd: RawFd) -> bool {
     kernel.file_name(fd).is_none_or(|name| name.contains("kvm-vcpu"))
 }
 

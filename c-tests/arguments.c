@@ -1,0 +1,959 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/*
+ * What each function does with arguments that are wrong: the errno, the reason, and that nothing has
+ * happened. Nothing here depends on what the kernel can do; the cases that come first need no KVM either.
+ *
+ * A C library cannot know whether a pointer is good, but NULL and a misaligned one can be told from a good
+ * one, and are. Structs that may grow are passed as an older and as a newer application would pass them.
+ */
+#define _GNU_SOURCE
+#include "support/check.h"
+#include "support/setting.h"
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define SIZE (4 * MIB)
+
+/* A pointer that no object of the type could have. The objects are larger than one byte, so it points into
+ * them. */
+#define MISALIGNED(pointer) ((void *)((uintptr_t)(pointer) + 1))
+
+static struct kvmprep_range range_of(uint64_t gpa, uint64_t size) {
+    struct kvmprep_range range = {gpa, size, {0, 0}};
+    return range;
+}
+
+static struct kvmprep_populate_opts default_opts(void) {
+    struct kvmprep_populate_opts opts = KVMPREP_POPULATE_OPTS_INIT;
+    return opts;
+}
+
+static struct kvmprep_job *job_of(struct setting *s) {
+    struct kvmprep_job *job = NULL;
+    CHECK_OK(kvmprep_job_new(s->handle, NULL, 0, NULL, &job, &s->err), s->err);
+    return job;
+}
+
+/* How much memory the handle knows of around the setting's slot: tells whether a refused change changed
+ * nothing. */
+static uint64_t memory_known(struct setting *s) {
+    struct kvmprep_range around = range_of(MEMORY_GPA - 64 * MIB, 256 * MIB);
+    struct kvmprep_coverage coverage;
+    CHECK_OK(kvmprep_get_coverage(s->handle, &around, &coverage, sizeof(coverage), &s->err), s->err);
+    return coverage.memory;
+}
+
+/* ---- Without KVM ---- */
+
+static void version_and_names(void) {
+    CHECK_EQ(kvmprep_version(), KVMPREP_VERSION);
+    for (uint32_t reason = 0; reason <= KVMPREP_REASON_NOT_FINISHED; reason++) {
+        const char *name = kvmprep_reason_name(reason);
+        CHECK(name != NULL && name[0] != 0 && strcmp(name, "unknown") != 0);
+        for (uint32_t other = 0; other < reason; other++)
+            CHECK(strcmp(name, kvmprep_reason_name(other)) != 0);
+    }
+    CHECK(strcmp(kvmprep_reason_name(KVMPREP_REASON_NO_MEMSLOT), "no-memslot") == 0);
+    CHECK(strcmp(kvmprep_reason_name(KVMPREP_REASON_NOT_FINISHED + 1), "unknown") == 0);
+    CHECK(strcmp(kvmprep_reason_name(UINT32_MAX), "unknown") == 0);
+}
+
+/* Freeing nothing is no mistake, as with free(); every other use of no handle is one. */
+static void no_handle(void) {
+    struct kvmprep_error err;
+    struct kvmprep_memslot slot = KVMPREP_MEMSLOT_INIT;
+    struct kvmprep_range range = range_of(0, PAGE);
+    struct kvmprep_coverage coverage;
+    struct kvmprep_populate_result result;
+    struct kvmprep_progress progress;
+    struct kvmprep_job *job = NULL;
+    size_t n;
+
+    CHECK_EQ(kvmprep_vm_free(NULL), 0);
+    CHECK_EQ(kvmprep_job_free(NULL), 0);
+#define CHECK_NULL(call) CHECK_ERR(call, err, EINVAL, KVMPREP_REASON_NULL_POINTER)
+    CHECK_NULL(kvmprep_vm_set_memslots(NULL, &slot, 1, &err));
+    CHECK_NULL(kvmprep_memslot_set(NULL, &slot, &err));
+    CHECK_NULL(kvmprep_memslot_changing(NULL, 0, &err));
+    CHECK_NULL(kvmprep_memslot_note(NULL, &slot, &err));
+    CHECK_NULL(kvmprep_range_discarded(NULL, &range, &err));
+    CHECK_NULL(kvmprep_get_coverage(NULL, &range, &coverage, sizeof(coverage), &err));
+    CHECK_NULL(kvmprep_populate(NULL, &range, 1, NULL, &result, sizeof(result), &err));
+    CHECK_NULL(kvmprep_job_new(NULL, &range, 1, NULL, &job, &err));
+    CHECK_NULL(kvmprep_job_run(NULL, -1, &err));
+    CHECK_NULL(kvmprep_job_run_near(NULL, -1, &range, 1, &err));
+    CHECK_NULL(kvmprep_job_spawn(NULL, NULL, 0, 1, &err));
+    CHECK_NULL(kvmprep_job_progress(NULL, &progress, sizeof(progress), &err));
+    CHECK_NULL(kvmprep_job_remaining(NULL, &range, 1, &n, &err));
+    CHECK_NULL(kvmprep_job_wait(NULL, 0, &result, sizeof(result), &err));
+    CHECK_NULL(kvmprep_job_cancel(NULL, &err));
+    CHECK_NULL(kvmprep_job_fd(NULL, &err));
+#undef CHECK_NULL
+    CHECK(job == NULL);
+}
+
+static void misaligned_handle(void) {
+    struct kvmprep_error err;
+    struct kvmprep_memslot slot = KVMPREP_MEMSLOT_INIT;
+    struct kvmprep_range range = range_of(0, PAGE);
+    struct kvmprep_coverage coverage;
+    struct kvmprep_populate_result result;
+    struct kvmprep_progress progress;
+    struct kvmprep_job *job = NULL;
+    size_t n;
+    uint64_t place[2] = {0, 0};
+    struct kvmprep_vm *bad_vm = MISALIGNED(place);
+    struct kvmprep_job *bad_job = MISALIGNED(place);
+
+#define CHECK_MISALIGNED(call) CHECK_ERR(call, err, EINVAL, KVMPREP_REASON_MISALIGNED_POINTER)
+    CHECK_EQ(kvmprep_vm_free(bad_vm), -EINVAL);
+    CHECK_EQ(kvmprep_job_free(bad_job), -EINVAL);
+    CHECK_MISALIGNED(kvmprep_vm_set_memslots(bad_vm, &slot, 1, &err));
+    CHECK_MISALIGNED(kvmprep_memslot_set(bad_vm, &slot, &err));
+    CHECK_MISALIGNED(kvmprep_memslot_changing(bad_vm, 0, &err));
+    CHECK_MISALIGNED(kvmprep_memslot_note(bad_vm, &slot, &err));
+    CHECK_MISALIGNED(kvmprep_range_discarded(bad_vm, &range, &err));
+    CHECK_MISALIGNED(kvmprep_get_coverage(bad_vm, &range, &coverage, sizeof(coverage), &err));
+    CHECK_MISALIGNED(kvmprep_populate(bad_vm, &range, 1, NULL, &result, sizeof(result), &err));
+    CHECK_MISALIGNED(kvmprep_job_new(bad_vm, &range, 1, NULL, &job, &err));
+    CHECK_MISALIGNED(kvmprep_job_run(bad_job, -1, &err));
+    CHECK_MISALIGNED(kvmprep_job_run_near(bad_job, -1, &range, 1, &err));
+    CHECK_MISALIGNED(kvmprep_job_spawn(bad_job, NULL, 0, 1, &err));
+    CHECK_MISALIGNED(kvmprep_job_progress(bad_job, &progress, sizeof(progress), &err));
+    CHECK_MISALIGNED(kvmprep_job_remaining(bad_job, &range, 1, &n, &err));
+    CHECK_MISALIGNED(kvmprep_job_wait(bad_job, 0, &result, sizeof(result), &err));
+    CHECK_MISALIGNED(kvmprep_job_cancel(bad_job, &err));
+    CHECK_MISALIGNED(kvmprep_job_fd(bad_job, &err));
+#undef CHECK_MISALIGNED
+}
+
+/* The functions that need no handle: pointers, sizes, descriptors. */
+static void without_a_handle(void) {
+    struct kvmprep_error err;
+    struct kvmprep_caps caps;
+    struct kvmprep_fault_stats stats;
+    struct kvmprep_range range = range_of(0, PAGE);
+    int none = -1;
+
+    CHECK_ERR(kvmprep_probe(-1, -1, NULL, sizeof(caps), &err), err, EINVAL, KVMPREP_REASON_NULL_POINTER);
+    CHECK_ERR(kvmprep_probe(-1, -1, MISALIGNED(&caps), sizeof(caps) - 1, &err), err, EINVAL,
+              KVMPREP_REASON_MISALIGNED_POINTER);
+    CHECK_ERR(kvmprep_probe(-1, -1, &caps, sizeof(caps), &err), err, EBADF, KVMPREP_REASON_BAD_FD);
+    CHECK_ERR(kvmprep_probe(-7, -1, &caps, sizeof(caps), &err), err, EBADF, KVMPREP_REASON_BAD_FD);
+    CHECK_ERR(kvmprep_probe(-1, INT_MIN, &caps, sizeof(caps), &err), err, EBADF, KVMPREP_REASON_BAD_FD);
+
+    CHECK_ERR(kvmprep_vcpu_pre_fault(0, NULL, &err), err, EINVAL, KVMPREP_REASON_NULL_POINTER);
+    CHECK_ERR(kvmprep_vcpu_pre_fault(0, MISALIGNED(&range), &err), err, EINVAL,
+              KVMPREP_REASON_MISALIGNED_POINTER);
+    CHECK_ERR(kvmprep_vcpu_pre_fault(-1, &range, &err), err, EBADF, KVMPREP_REASON_BAD_FD);
+
+    CHECK_ERR(kvmprep_keep_mappings(-1, &err), err, EBADF, KVMPREP_REASON_BAD_FD);
+
+    CHECK_ERR(kvmprep_get_fault_stats(&none, 1, NULL, sizeof(stats), &err), err, EINVAL,
+              KVMPREP_REASON_NULL_POINTER);
+    CHECK_ERR(kvmprep_get_fault_stats(&none, 1, MISALIGNED(&stats), sizeof(stats), &err), err, EINVAL,
+              KVMPREP_REASON_MISALIGNED_POINTER);
+    CHECK_ERR(kvmprep_get_fault_stats(NULL, 1, &stats, sizeof(stats), &err), err, EINVAL,
+              KVMPREP_REASON_NULL_POINTER);
+    CHECK_ERR(kvmprep_get_fault_stats(MISALIGNED(&none), 1, &stats, sizeof(stats), &err), err, EINVAL,
+              KVMPREP_REASON_MISALIGNED_POINTER);
+    /* To sum over nothing would look like a guest without faults. */
+    CHECK_ERR(kvmprep_get_fault_stats(NULL, 0, &stats, sizeof(stats), &err), err, EINVAL,
+              KVMPREP_REASON_BAD_VALUE);
+    CHECK_ERR(kvmprep_get_fault_stats(&none, 1, &stats, sizeof(stats), &err), err, EBADF,
+              KVMPREP_REASON_BAD_FD);
+    CHECK_ERR(kvmprep_get_fault_stats(&none, SIZE_MAX / 2, &stats, sizeof(stats), &err), err, EINVAL,
+              KVMPREP_REASON_BAD_VALUE);
+}
+
+/* A vCPU's range is checked before the descriptor is looked at. What is left of it is all of it. */
+static void range_of_a_pre_fault(void) {
+    struct kvmprep_error err;
+    const struct {
+        uint64_t gpa, size;
+        uint32_t reason;
+    } wrong[] = {
+        {0, 0, KVMPREP_REASON_RANGE_EMPTY},
+        {1, PAGE, KVMPREP_REASON_RANGE_UNALIGNED},
+        {0, PAGE + 1, KVMPREP_REASON_RANGE_UNALIGNED},
+        {0 - PAGE, 2 * PAGE, KVMPREP_REASON_RANGE_OVERFLOW},
+        {0 - PAGE, PAGE, KVMPREP_REASON_RANGE_OVERFLOW}, /* ends at 2^64, which the kernel refuses too */
+        {1ull << 52, PAGE, KVMPREP_REASON_RANGE_BEYOND_GUEST},
+        {(1ull << 52) - PAGE, 2 * PAGE, KVMPREP_REASON_RANGE_BEYOND_GUEST},
+    };
+    for (size_t i = 0; i < sizeof(wrong) / sizeof(wrong[0]); i++) {
+        struct kvmprep_range range = range_of(wrong[i].gpa, wrong[i].size);
+        CHECK_ERR(kvmprep_vcpu_pre_fault(0, &range, &err), err, EINVAL, wrong[i].reason);
+        CHECK(range.gpa == wrong[i].gpa && range.size == wrong[i].size);
+    }
+    for (int i = 0; i < 2; i++) {
+        struct kvmprep_range range = range_of(0, PAGE);
+        range.reserved[i] = 1;
+        CHECK_ERR(kvmprep_vcpu_pre_fault(0, &range, &err), err, EINVAL, KVMPREP_REASON_RESERVED_NOT_ZERO);
+    }
+}
+
+/* Every mistake in a handle's configuration; *out stays as it was. */
+static void config_of_a_handle(void) {
+    struct kvmprep_error err;
+    struct kvmprep_vm *const before = MISALIGNED(&err);
+    struct kvmprep_vm *out = before;
+    struct kvmprep_vm_config config = KVMPREP_VM_CONFIG_INIT;
+
+    CHECK_ERR(kvmprep_vm_new(NULL, &out, &err), err, EINVAL, KVMPREP_REASON_NULL_POINTER);
+    CHECK_ERR(kvmprep_vm_new(&config, NULL, &err), err, EINVAL, KVMPREP_REASON_NULL_POINTER);
+    CHECK_ERR(kvmprep_vm_new(MISALIGNED(&config), &out, &err), err, EINVAL,
+              KVMPREP_REASON_MISALIGNED_POINTER);
+    CHECK_ERR(kvmprep_vm_new(&config, MISALIGNED(&out), &err), err, EINVAL,
+              KVMPREP_REASON_MISALIGNED_POINTER);
+    CHECK_ERR(kvmprep_vm_new(&config, &out, &err), err, EBADF, KVMPREP_REASON_BAD_FD); /* _INIT says -1 */
+    config.flags = 4;
+    CHECK_ERR(kvmprep_vm_new(&config, &out, &err), err, EINVAL, KVMPREP_REASON_UNKNOWN_FLAGS);
+    config.flags = UINT32_MAX;
+    CHECK_ERR(kvmprep_vm_new(&config, &out, &err), err, EINVAL, KVMPREP_REASON_UNKNOWN_FLAGS);
+    config.flags = 0;
+    const uint32_t wrong_bits[] = {1, 11, 53, 64, UINT32_MAX};
+    for (size_t i = 0; i < sizeof(wrong_bits) / sizeof(wrong_bits[0]); i++) {
+        config.gpa_bits = wrong_bits[i];
+        CHECK_ERR(kvmprep_vm_new(&config, &out, &err), err, EINVAL, KVMPREP_REASON_BAD_VALUE);
+    }
+    CHECK(out == before);
+}
+
+/*
+ * A struct that applications fill in: refused where its size is none that any version had; taken from a newer
+ * application as long as that uses nothing new. Both are decoded by one piece of code; each is tried all the
+ * same.
+ */
+static void check_input_sizes(void *newer, size_t size,
+                              int (*use)(const void *input, struct kvmprep_error *err), int expected,
+                              uint32_t expected_reason) {
+    struct kvmprep_error err;
+    uint32_t *struct_size = newer;
+    unsigned char *tail = (unsigned char *)newer + size;
+    const uint32_t wrong[] = {0, 1, (uint32_t)size - 1, 4097, UINT32_MAX};
+
+    for (size_t i = 0; i < sizeof(wrong) / sizeof(wrong[0]); i++) {
+        *struct_size = wrong[i];
+        CHECK_ERR(use(newer, &err), err, EINVAL, KVMPREP_REASON_STRUCT_SIZE);
+    }
+    *struct_size = (uint32_t)size + 24;
+    memset(tail, 0, 24);
+    CHECK_ERR(use(newer, &err), err, expected, expected_reason);
+    tail[23] = 1;
+    CHECK_ERR(use(newer, &err), err, E2BIG, KVMPREP_REASON_STRUCT_SIZE);
+    /* What lies behind the size that the application gave is none of the library's business. */
+    *struct_size = (uint32_t)size + 23;
+    CHECK_ERR(use(newer, &err), err, expected, expected_reason);
+}
+
+static int use_config(const void *config, struct kvmprep_error *err) {
+    struct kvmprep_vm *out;
+    return kvmprep_vm_new(config, &out, err);
+}
+
+static void size_of_a_config(void) {
+    union {
+        struct kvmprep_vm_config config;
+        unsigned char space[256];
+    } newer = {KVMPREP_VM_CONFIG_INIT};
+    /* A well-sized struct comes as far as its descriptor, which is -1. */
+    check_input_sizes(&newer, sizeof(newer.config), use_config, EBADF, KVMPREP_REASON_BAD_FD);
+}
+
+/* The error is written whole on every call, over whatever was there, and needs no place at all. */
+static void error_is_written_whole(void) {
+    struct kvmprep_error err, expected;
+    struct kvmprep_range range = range_of(1, PAGE);
+    struct kvmprep_caps caps;
+
+    memset(&err, 0xa5, sizeof(err));
+    CHECK_EQ(kvmprep_vcpu_pre_fault(-1, &range, &err), -EINVAL);
+    CHECK(memchr(err.message, 0, sizeof(err.message)) != NULL && err.message[0] != 0);
+    CHECK(memchr(err.hint, 0, sizeof(err.hint)) != NULL && err.hint[0] != 0);
+    expected = err;
+    memset(&expected, 0, offsetof(struct kvmprep_error, message));
+    expected.code = -EINVAL;
+    expected.reason = KVMPREP_REASON_RANGE_UNALIGNED;
+    expected.slot = expected.other_slot = KVMPREP_NO_SLOT;
+    CHECK(memcmp(&err, &expected, sizeof(err)) == 0);
+    CHECK(memchr(err.message, 0xa5, sizeof(err.message)) == NULL);
+    CHECK(memchr(err.hint, 0xa5, sizeof(err.hint)) == NULL);
+
+    CHECK_EQ(kvmprep_vcpu_pre_fault(-1, &range, NULL), -EINVAL);
+    CHECK_EQ(kvmprep_probe(-1, -1, &caps, sizeof(caps), NULL), -EBADF);
+
+    /* An error that cannot be written is told by the code alone. */
+    memset(&err, 0xa5, sizeof(err));
+    expected = err;
+    CHECK_EQ(kvmprep_vcpu_pre_fault(-1, &range, MISALIGNED(&err)), -EINVAL);
+    CHECK(memcmp(&err, &expected, sizeof(err)) == 0);
+}
+
+/* ---- With KVM ---- */
+
+static void error_of_success_is_empty(void) {
+    struct setting s = setting_make(ANON_4K, SIZE);
+    struct kvmprep_error err, expected;
+    struct kvmprep_caps caps;
+    memset(&err, 0xa5, sizeof(err));
+    CHECK_EQ(kvmprep_probe(s.vm.kvm, s.vm.fd, &caps, sizeof(caps), &err), 0);
+    memset(&expected, 0, sizeof(expected));
+    expected.slot = expected.other_slot = KVMPREP_NO_SLOT;
+    CHECK(memcmp(&err, &expected, sizeof(err)) == 0);
+    setting_end(&s);
+}
+
+/* All functions, with everything right but no place for the error. */
+static void no_error_wanted(void) {
+    struct setting s = setting_make(ANON_4K, SIZE);
+    struct kvmprep_vm_config config = KVMPREP_VM_CONFIG_INIT;
+    struct kvmprep_range range = range_of(MEMORY_GPA, SIZE);
+    struct kvmprep_caps caps;
+    struct kvmprep_fault_stats stats;
+    struct kvmprep_coverage coverage;
+    struct kvmprep_populate_result result;
+    struct kvmprep_progress progress;
+    struct kvmprep_vm *second;
+    struct kvmprep_job *job;
+    size_t n;
+
+    config.vm_fd = s.vm.fd;
+    CHECK_EQ(kvmprep_probe(s.vm.kvm, -1, &caps, sizeof(caps), NULL), 0);
+    CHECK_EQ(kvmprep_get_fault_stats(&s.vcpus[0].fd, 1, &stats, sizeof(stats), NULL), 0);
+    CHECK_EQ(kvmprep_keep_mappings(s.vm.fd, NULL), caps.keep_mappings ? 0 : -EOPNOTSUPP);
+    CHECK_EQ(kvmprep_vm_new(&config, &second, NULL), 0);
+    CHECK_EQ(kvmprep_vm_set_memslots(second, &s.slot, 1, NULL), 0);
+    CHECK_EQ(kvmprep_memslot_changing(second, MEMORY_SLOT, NULL), 0);
+    CHECK_EQ(kvmprep_memslot_note(second, &s.slot, NULL), 0);
+    CHECK_EQ(kvmprep_memslot_set(second, &s.slot, NULL), 0);
+    CHECK_EQ(kvmprep_range_discarded(second, &range, NULL), 0);
+    CHECK_EQ(kvmprep_get_coverage(second, &range, &coverage, sizeof(coverage), NULL), 0);
+    CHECK_EQ(kvmprep_populate(second, &range, 1, NULL, &result, sizeof(result), NULL), 0);
+    CHECK_EQ(kvmprep_job_new(second, &range, 1, NULL, &job, NULL), 0);
+    CHECK(kvmprep_job_fd(job, NULL) >= 0);
+    CHECK_EQ(kvmprep_job_wait(job, 0, &result, sizeof(result), NULL), -ETIMEDOUT);
+    CHECK_EQ(kvmprep_job_run_near(job, -1, &range, 1, NULL), 0);
+    CHECK_EQ(kvmprep_job_spawn(job, &s.vcpus[0].fd, 1, 1, NULL), 0);
+    CHECK_EQ(kvmprep_job_run(job, s.vcpus[1].fd, NULL), 0);
+    CHECK_EQ(kvmprep_job_wait(job, -1, &result, sizeof(result), NULL), 0);
+    CHECK_EQ(kvmprep_job_progress(job, &progress, sizeof(progress), NULL), 0);
+    CHECK_EQ(kvmprep_job_remaining(job, &range, 1, &n, NULL), 0);
+    CHECK_EQ(n, 0);
+    CHECK_EQ(kvmprep_job_cancel(job, NULL), 0);
+    CHECK_EQ(kvmprep_job_free(job), 0);
+    CHECK_EQ(kvmprep_vm_free(second), 0);
+    setting_end(&s);
+}
+
+/* A pointer that a handle's or job's function needs, NULL and misaligned, one after the other. */
+static void pointers(void) {
+    struct setting s = setting_make(ANON_4K, SIZE);
+    struct kvmprep_job *job = job_of(&s);
+    struct kvmprep_range range = range_of(MEMORY_GPA, SIZE);
+    struct kvmprep_coverage coverage;
+    struct kvmprep_populate_opts opts = KVMPREP_POPULATE_OPTS_INIT;
+    struct kvmprep_populate_result result;
+    struct kvmprep_progress progress;
+    struct kvmprep_job *out = NULL;
+    int fd = s.vcpus[0].fd;
+    size_t n = 99;
+
+#define CHECK_POINTER(expression, pointer)                                                                   \
+    do {                                                                                                     \
+        void *where = NULL;                                                                                  \
+        CHECK_ERR(expression, s.err, EINVAL, KVMPREP_REASON_NULL_POINTER);                                   \
+        where = MISALIGNED(pointer);                                                                         \
+        CHECK_ERR(expression, s.err, EINVAL, KVMPREP_REASON_MISALIGNED_POINTER);                             \
+    } while (0)
+    CHECK_POINTER(kvmprep_vm_set_memslots(s.handle, where, 1, &s.err), &s.slot);
+    CHECK_POINTER(kvmprep_memslot_set(s.handle, where, &s.err), &s.slot);
+    CHECK_POINTER(kvmprep_memslot_note(s.handle, where, &s.err), &s.slot);
+    CHECK_POINTER(kvmprep_range_discarded(s.handle, where, &s.err), &range);
+    CHECK_POINTER(kvmprep_get_coverage(s.handle, where, &coverage, sizeof(coverage), &s.err), &range);
+    CHECK_POINTER(kvmprep_get_coverage(s.handle, &range, where, sizeof(coverage), &s.err), &coverage);
+    CHECK_POINTER(kvmprep_populate(s.handle, where, 1, &opts, &result, sizeof(result), &s.err), &range);
+    CHECK_POINTER(kvmprep_job_new(s.handle, where, 1, &opts, &out, &s.err), &range);
+    CHECK_POINTER(kvmprep_job_new(s.handle, &range, 1, &opts, where, &s.err), &out);
+    CHECK_POINTER(kvmprep_job_run_near(job, -1, where, 1, &s.err), &range);
+    CHECK_POINTER(kvmprep_job_spawn(job, where, 1, 0, &s.err), &fd);
+    CHECK_POINTER(kvmprep_job_progress(job, where, sizeof(progress), &s.err), &progress);
+    CHECK_POINTER(kvmprep_job_remaining(job, where, 1, &n, &s.err), &range);
+    CHECK_POINTER(kvmprep_job_remaining(job, &range, 1, where, &s.err), &n);
+    opts.n_vcpu_fds = 1;
+    CHECK_POINTER((opts.vcpu_fds = where,
+                   kvmprep_populate(s.handle, &range, 1, &opts, &result, sizeof(result), &s.err)),
+                  &fd);
+    opts = default_opts();
+    opts.remaining_capacity = 1;
+    CHECK_POINTER((opts.remaining = where,
+                   kvmprep_populate(s.handle, &range, 1, &opts, &result, sizeof(result), &s.err)),
+                  &range);
+#undef CHECK_POINTER
+
+    /* What may be left out, may be NULL, and must be aligned where it is not. */
+    opts = default_opts();
+    CHECK_OK(kvmprep_populate(s.handle, NULL, 0, NULL, NULL, 0, &s.err), s.err);
+    CHECK_ERR(kvmprep_populate(s.handle, &range, 1, MISALIGNED(&opts), NULL, 0, &s.err), s.err, EINVAL,
+              KVMPREP_REASON_MISALIGNED_POINTER);
+    CHECK_ERR(kvmprep_populate(s.handle, &range, 1, &opts, MISALIGNED(&result), sizeof(result), &s.err),
+              s.err, EINVAL, KVMPREP_REASON_MISALIGNED_POINTER);
+    CHECK_ERR(kvmprep_job_new(s.handle, &range, 1, MISALIGNED(&opts), &out, &s.err), s.err, EINVAL,
+              KVMPREP_REASON_MISALIGNED_POINTER);
+    CHECK_ERR(kvmprep_job_wait(job, 0, MISALIGNED(&result), sizeof(result), &s.err), s.err, EINVAL,
+              KVMPREP_REASON_MISALIGNED_POINTER);
+    CHECK_ERR(kvmprep_job_wait(job, 0, NULL, 0, &s.err), s.err, ETIMEDOUT, KVMPREP_REASON_NOT_FINISHED);
+    CHECK_OK(kvmprep_job_remaining(job, NULL, 0, &n, &s.err), s.err);
+    CHECK_EQ(n, 1);
+    CHECK(out == NULL);
+
+    /* An array of no elements may lie anywhere. */
+    CHECK_OK(kvmprep_populate(s.handle, MISALIGNED(&range), 0, NULL, NULL, 0, &s.err), s.err);
+    CHECK_OK(kvmprep_job_spawn(job, NULL, 0, 0, &s.err), s.err);
+    CHECK_OK(kvmprep_job_run_near(job, -1, NULL, 0, &s.err), s.err);
+    /* An array of more elements than there are addresses lies nowhere. */
+    CHECK_ERR(kvmprep_populate(s.handle, &range, SIZE_MAX / 2, NULL, NULL, 0, &s.err), s.err, EINVAL,
+              KVMPREP_REASON_BAD_VALUE);
+    CHECK_ERR(kvmprep_vm_set_memslots(s.handle, &s.slot, SIZE_MAX / 2, &s.err), s.err, EINVAL,
+              KVMPREP_REASON_BAD_VALUE);
+    CHECK_ERR(kvmprep_job_spawn(job, &fd, SIZE_MAX / 2, 0, &s.err), s.err, EINVAL, KVMPREP_REASON_BAD_VALUE);
+    CHECK_EQ(kvmprep_job_free(job), 0);
+    setting_end(&s);
+}
+
+static struct setting *setting_of_opts; /* use_opts() has room for a struct only */
+
+static int use_opts(const void *opts, struct kvmprep_error *err) {
+    return kvmprep_populate(setting_of_opts->handle, NULL, 0, opts, NULL, 0, err);
+}
+
+static int use_job_opts(const void *opts, struct kvmprep_error *err) {
+    struct kvmprep_job *job;
+    return kvmprep_job_new(setting_of_opts->handle, NULL, 0, opts, &job, err);
+}
+
+static void size_of_the_options(void) {
+    struct setting s = setting_make(ANON_4K, SIZE);
+    union {
+        struct kvmprep_populate_opts opts;
+        unsigned char space[256];
+    } newer = {KVMPREP_POPULATE_OPTS_INIT};
+    setting_of_opts = &s;
+    /* A well-sized struct comes as far as its intent. */
+    newer.opts.intent = 77;
+    check_input_sizes(&newer, sizeof(newer.opts), use_opts, EINVAL, KVMPREP_REASON_BAD_VALUE);
+    check_input_sizes(&newer, sizeof(newer.opts), use_job_opts, EINVAL, KVMPREP_REASON_BAD_VALUE);
+    setting_end(&s);
+}
+
+/*
+ * A struct that the library fills in: an older application gets the part that it knows and nothing behind, a
+ * newer one gets zeroes for what this version does not know.
+ */
+static void check_output_sizes(void *context, size_t size,
+                               int (*fill)(void *context, void *out, size_t size,
+                                           struct kvmprep_error *err)) {
+    struct kvmprep_error err;
+    _Alignas(8) unsigned char whole[8192], part[8192];
+
+    memset(whole, 0xa5, sizeof(whole));
+    CHECK_OK(fill(context, whole, size, &err), err);
+    CHECK_EQ(whole[size], 0xa5);
+    const size_t older[] = {1, 3, 4, 8, size - 8, size - 1};
+    for (size_t i = 0; i < sizeof(older) / sizeof(older[0]); i++) {
+        memset(part, 0xa5, sizeof(part));
+        CHECK_OK(fill(context, part, older[i], &err), err);
+        for (size_t at = older[i]; at < sizeof(part); at++)
+            CHECK_EQ(part[at], 0xa5);
+    }
+    const size_t newer[] = {size + 1, size + 100, 4096};
+    for (size_t i = 0; i < sizeof(newer) / sizeof(newer[0]); i++) {
+        memset(part, 0xa5, sizeof(part));
+        CHECK_OK(fill(context, part, newer[i], &err), err);
+        for (size_t at = size; at < newer[i]; at++)
+            CHECK_EQ(part[at], 0);
+        for (size_t at = newer[i]; at < sizeof(part); at++)
+            CHECK_EQ(part[at], 0xa5);
+    }
+    memset(part, 0xa5, sizeof(part));
+    const size_t wrong[] = {0, 4097, SIZE_MAX};
+    for (size_t i = 0; i < sizeof(wrong) / sizeof(wrong[0]); i++)
+        CHECK_ERR(fill(context, part, wrong[i], &err), err, EINVAL, KVMPREP_REASON_STRUCT_SIZE);
+    for (size_t at = 0; at < sizeof(part); at++)
+        CHECK_EQ(part[at], 0xa5);
+}
+
+static int fill_caps(void *context, void *out, size_t size, struct kvmprep_error *err) {
+    struct setting *s = context;
+    return kvmprep_probe(s->vm.kvm, s->vm.fd, out, size, err);
+}
+
+static int fill_stats(void *context, void *out, size_t size, struct kvmprep_error *err) {
+    struct setting *s = context;
+    return kvmprep_get_fault_stats(&s->vcpus[0].fd, 1, out, size, err);
+}
+
+static int fill_coverage(void *context, void *out, size_t size, struct kvmprep_error *err) {
+    struct setting *s = context;
+    struct kvmprep_range range = range_of(MEMORY_GPA, SIZE);
+    return kvmprep_get_coverage(s->handle, &range, out, size, err);
+}
+
+static int fill_result(void *context, void *out, size_t size, struct kvmprep_error *err) {
+    struct setting *s = context;
+    return kvmprep_populate(s->handle, NULL, 0, NULL, out, size, err);
+}
+
+static int fill_result_of_job(void *context, void *out, size_t size, struct kvmprep_error *err) {
+    return kvmprep_job_wait(context, -1, out, size, err);
+}
+
+static int fill_progress(void *context, void *out, size_t size, struct kvmprep_error *err) {
+    return kvmprep_job_progress(context, out, size, err);
+}
+
+static void sizes_of_outputs(void) {
+    struct setting s = setting_make(ANON_4K, SIZE);
+    struct kvmprep_populate_opts opts = KVMPREP_POPULATE_OPTS_INIT;
+    struct kvmprep_job *job;
+
+    check_output_sizes(&s, sizeof(struct kvmprep_caps), fill_caps);
+    check_output_sizes(&s, sizeof(struct kvmprep_fault_stats), fill_stats);
+    check_output_sizes(&s, sizeof(struct kvmprep_coverage), fill_coverage);
+    check_output_sizes(&s, sizeof(struct kvmprep_populate_result), fill_result);
+    opts.flags = KVMPREP_POPULATE_HOST_ONLY;
+    CHECK_OK(kvmprep_job_new(s.handle, NULL, 0, &opts, &job, &s.err), s.err);
+    check_output_sizes(job, sizeof(struct kvmprep_progress), fill_progress);
+    CHECK_OK(kvmprep_job_run(job, -1, &s.err), s.err);
+    check_output_sizes(job, sizeof(struct kvmprep_populate_result), fill_result_of_job);
+    CHECK_EQ(kvmprep_job_free(job), 0);
+    setting_end(&s);
+}
+
+/* Each way in which a range can be wrong, in each function of a handle that takes one. */
+static void ranges(void) {
+    struct setting s = setting_make(ANON_4K, SIZE);
+    struct kvmprep_vm_config config = KVMPREP_VM_CONFIG_INIT;
+    struct kvmprep_vm *narrow; /* of a guest with 32 address bits */
+    config.vm_fd = s.vm.fd;
+    config.gpa_bits = 32;
+    CHECK_OK(kvmprep_vm_new(&config, &narrow, &s.err), s.err);
+    CHECK_OK(kvmprep_memslot_note(narrow, &s.slot, &s.err), s.err);
+    struct kvmprep_job *job;
+    CHECK_OK(kvmprep_job_new(narrow, NULL, 0, NULL, &job, &s.err), s.err);
+
+    const struct {
+        struct kvmprep_range range;
+        uint32_t reason;
+    } wrong[] = {
+        {{MEMORY_GPA, 0, {0, 0}}, KVMPREP_REASON_RANGE_EMPTY},
+        {{MEMORY_GPA + 1, PAGE, {0, 0}}, KVMPREP_REASON_RANGE_UNALIGNED},
+        {{MEMORY_GPA + 512, PAGE, {0, 0}}, KVMPREP_REASON_RANGE_UNALIGNED},
+        {{MEMORY_GPA, PAGE - 1, {0, 0}}, KVMPREP_REASON_RANGE_UNALIGNED},
+        {{MEMORY_GPA, 0 - PAGE, {0, 0}}, KVMPREP_REASON_RANGE_OVERFLOW},
+        {{0 - PAGE, PAGE, {0, 0}}, KVMPREP_REASON_RANGE_OVERFLOW},
+        {{MEMORY_GPA, PAGE, {1, 0}}, KVMPREP_REASON_RESERVED_NOT_ZERO},
+        {{MEMORY_GPA, PAGE, {0, 1ull << 63}}, KVMPREP_REASON_RESERVED_NOT_ZERO},
+        {{1ull << 32, PAGE, {0, 0}}, KVMPREP_REASON_RANGE_BEYOND_GUEST},
+        {{(1ull << 32) - PAGE, 2 * PAGE, {0, 0}}, KVMPREP_REASON_RANGE_BEYOND_GUEST},
+    };
+    struct kvmprep_coverage coverage;
+    struct kvmprep_job *out = NULL;
+    for (size_t i = 0; i < sizeof(wrong) / sizeof(wrong[0]); i++) {
+        /* A good one in front does not hide it. */
+        struct kvmprep_range two[2] = {range_of(MEMORY_GPA, PAGE), wrong[i].range};
+        uint32_t reason = wrong[i].reason;
+        CHECK_ERR(kvmprep_populate(narrow, two, 2, NULL, NULL, 0, &s.err), s.err, EINVAL, reason);
+        CHECK_ERR(kvmprep_job_new(narrow, two, 2, NULL, &out, &s.err), s.err, EINVAL, reason);
+        CHECK_ERR(kvmprep_range_discarded(narrow, &two[1], &s.err), s.err, EINVAL, reason);
+        if (reason == KVMPREP_REASON_RANGE_BEYOND_GUEST)
+            continue; /* to ask of what cannot be there, or to prefer it, does no harm */
+        CHECK_ERR(kvmprep_get_coverage(narrow, &two[1], &coverage, sizeof(coverage), &s.err), s.err, EINVAL,
+                  reason);
+        CHECK_ERR(kvmprep_job_run_near(job, -1, two, 2, &s.err), s.err, EINVAL, reason);
+    }
+    CHECK(out == NULL);
+    struct kvmprep_range beyond = range_of(1ull << 32, 2 * PAGE);
+    CHECK_ERR(kvmprep_populate(narrow, &beyond, 1, NULL, NULL, 0, &s.err), s.err, EINVAL,
+              KVMPREP_REASON_RANGE_BEYOND_GUEST);
+    CHECK_EQ(s.err.gpa, beyond.gpa);
+    CHECK_EQ(s.err.size, beyond.size);
+    /* Nothing was done in the good range either: a call is refused whole. */
+    struct kvmprep_range all = range_of(MEMORY_GPA, SIZE);
+    CHECK_OK(kvmprep_get_coverage(narrow, &all, &coverage, sizeof(coverage), &s.err), s.err);
+    CHECK_EQ(coverage.host, 0);
+    CHECK_EQ(kvmprep_job_free(job), 0);
+    CHECK_EQ(kvmprep_vm_free(narrow), 0);
+    setting_end(&s);
+}
+
+/* Each way in which a memslot can be malformed, in each function that takes one. Nothing changes. */
+static void memslots(void) {
+    struct setting s = setting_make(ANON_4K, SIZE);
+    struct kvmprep_vm_config config = KVMPREP_VM_CONFIG_INIT;
+    struct kvmprep_vm *narrow;
+    config.vm_fd = s.vm.fd;
+    config.gpa_bits = 36;
+    CHECK_OK(kvmprep_vm_new(&config, &narrow, &s.err), s.err);
+
+#define CHECK_SLOT(code, why, ...)                                                                           \
+    do {                                                                                                     \
+        struct kvmprep_memslot slot = s.slot;                                                                \
+        slot.slot = 7;                                                                                       \
+        slot.gpa = 2 * MEMORY_GPA;                                                                           \
+        __VA_ARGS__;                                                                                         \
+        CHECK_ERR(kvmprep_memslot_note(narrow, &slot, &s.err), s.err, code, why);                            \
+        CHECK_ERR(kvmprep_memslot_set(narrow, &slot, &s.err), s.err, code, why);                             \
+        CHECK_ERR(kvmprep_vm_set_memslots(narrow, &slot, 1, &s.err), s.err, code, why);                      \
+        CHECK_EQ(s.err.slot, slot.slot);                                                                     \
+    } while (0)
+    CHECK_SLOT(EINVAL, KVMPREP_REASON_UNKNOWN_FLAGS, slot.flags = 8);
+    CHECK_SLOT(EINVAL, KVMPREP_REASON_UNKNOWN_FLAGS, slot.attributes = 16);
+    CHECK_SLOT(EINVAL, KVMPREP_REASON_BAD_VALUE, slot.backing = 10);
+    CHECK_SLOT(EINVAL, KVMPREP_REASON_BAD_VALUE, slot.backing = UINT32_MAX);
+    CHECK_SLOT(EINVAL, KVMPREP_REASON_RANGE_UNALIGNED, slot.gpa += 1);
+    CHECK_SLOT(EINVAL, KVMPREP_REASON_RANGE_UNALIGNED, slot.size -= 1);
+    CHECK_SLOT(EINVAL, KVMPREP_REASON_RANGE_UNALIGNED, slot.hva += 512);
+    CHECK_SLOT(EINVAL, KVMPREP_REASON_RANGE_OVERFLOW, slot.gpa = 0 - PAGE);
+    CHECK_SLOT(EINVAL, KVMPREP_REASON_RANGE_OVERFLOW, slot.hva = 0 - PAGE);
+    CHECK_SLOT(EINVAL, KVMPREP_REASON_RANGE_BEYOND_GUEST, slot.gpa = (1ull << 36) - PAGE);
+    CHECK_SLOT(EBADF, KVMPREP_REASON_BAD_FD, slot.attributes = KVMPREP_MEMSLOT_MEMORY_FD;
+               slot.memory_fd = -1);
+    CHECK_SLOT(EINVAL, KVMPREP_REASON_RANGE_OVERFLOW, slot.attributes = KVMPREP_MEMSLOT_MEMORY_FD;
+               slot.memory_fd = 0; slot.memory_fd_offset = 0 - PAGE);
+    CHECK_SLOT(EBADF, KVMPREP_REASON_BAD_FD, slot.flags = KVM_MEM_GUEST_MEMFD; slot.guest_memfd = -1);
+    CHECK_SLOT(EINVAL, KVMPREP_REASON_RANGE_UNALIGNED, slot.flags = KVM_MEM_GUEST_MEMFD; slot.guest_memfd = 0;
+               slot.guest_memfd_offset = 1);
+    CHECK_SLOT(EINVAL, KVMPREP_REASON_RANGE_OVERFLOW, slot.flags = KVM_MEM_GUEST_MEMFD; slot.guest_memfd = 0;
+               slot.guest_memfd_offset = 0 - PAGE);
+    for (int i = 0; i < 8; i++)
+        CHECK_SLOT(EINVAL, KVMPREP_REASON_RESERVED_NOT_ZERO, slot.reserved[i] = 1);
+#undef CHECK_SLOT
+
+    /* Without the flags that say so, these fields are not read: what is in them does not matter. */
+    struct kvmprep_memslot slot = s.slot;
+    slot.memory_fd = -5;
+    slot.memory_fd_offset = UINT64_MAX;
+    slot.guest_memfd = -5;
+    slot.guest_memfd_offset = 1;
+    CHECK_OK(kvmprep_memslot_note(narrow, &slot, &s.err), s.err);
+    /* The deletion of a slot that is not there is no mistake: the handle may be younger than the slot was. */
+    slot.size = 0;
+    slot.slot = 99;
+    CHECK_OK(kvmprep_memslot_note(narrow, &slot, &s.err), s.err);
+    CHECK_OK(kvmprep_memslot_changing(narrow, 99, &s.err), s.err);
+    CHECK_EQ(kvmprep_vm_free(narrow), 0);
+    setting_end(&s);
+}
+
+/* Two slots at one place: named both, and the handle goes on knowing what it knew. */
+static void overlapping_memslots(void) {
+    struct setting s = setting_make(ANON_4K, SIZE);
+    struct kvmprep_memslot other = s.slot;
+    other.slot = 9;
+    other.gpa += SIZE - PAGE; /* one page is enough */
+    CHECK_ERR(kvmprep_memslot_note(s.handle, &other, &s.err), s.err, EEXIST, KVMPREP_REASON_MEMSLOT_OVERLAP);
+    CHECK_EQ(s.err.slot, 9);
+    CHECK_EQ(s.err.other_slot, MEMORY_SLOT);
+    CHECK_EQ(s.err.stage, KVMPREP_STAGE_MEMSLOT);
+    CHECK_EQ(s.err.gpa, other.gpa);
+    CHECK_EQ(s.err.size, other.size);
+    CHECK_ERR(kvmprep_memslot_set(s.handle, &other, &s.err), s.err, EEXIST, KVMPREP_REASON_MEMSLOT_OVERLAP);
+    CHECK_EQ(s.err.other_slot, MEMORY_SLOT);
+    CHECK_EQ(memory_known(&s), SIZE);
+
+    struct kvmprep_memslot list[3] = {s.slot, s.slot, other};
+    list[0].slot = 4;
+    list[0].gpa += 32 * MIB;
+    CHECK_ERR(kvmprep_vm_set_memslots(s.handle, list, 3, &s.err), s.err, EEXIST,
+              KVMPREP_REASON_MEMSLOT_OVERLAP);
+    CHECK_EQ(s.err.slot, 9);
+    CHECK_EQ(s.err.other_slot, MEMORY_SLOT);
+    CHECK_EQ(memory_known(&s), SIZE); /* not even the first of the list */
+
+    /* Next to each other, in another address space, or of the same number is no overlap. */
+    other.gpa = s.slot.gpa + SIZE;
+    CHECK_OK(kvmprep_memslot_note(s.handle, &other, &s.err), s.err);
+    other.slot = 9 | 1 << 16;
+    other.gpa = s.slot.gpa;
+    CHECK_OK(kvmprep_memslot_note(s.handle, &other, &s.err), s.err);
+    other = s.slot;
+    other.gpa -= PAGE;
+    CHECK_OK(kvmprep_memslot_note(s.handle, &other, &s.err), s.err);
+    CHECK_EQ(memory_known(&s), 2 * SIZE);
+    setting_end(&s);
+}
+
+/* A list of slots is taken whole or not at all. */
+static void list_of_memslots(void) {
+    struct setting s = setting_make(ANON_4K, SIZE);
+    struct kvmprep_memslot list[2] = {s.slot, s.slot};
+    list[1].gpa += 32 * MIB;
+    CHECK_ERR(kvmprep_vm_set_memslots(s.handle, list, 2, &s.err), s.err, EINVAL, KVMPREP_REASON_BAD_VALUE);
+    CHECK_EQ(s.err.slot, MEMORY_SLOT); /* the number stands there twice */
+    CHECK_EQ(memory_known(&s), SIZE);
+    list[1].slot = 8;
+    list[1].size = 0;
+    CHECK_ERR(kvmprep_vm_set_memslots(s.handle, list, 2, &s.err), s.err, EINVAL, KVMPREP_REASON_BAD_VALUE);
+    CHECK_EQ(s.err.slot, 8);
+    list[1].size = SIZE;
+    CHECK_OK(kvmprep_vm_set_memslots(s.handle, list, 2, &s.err), s.err);
+    CHECK_EQ(memory_known(&s), 2 * SIZE);
+    CHECK_OK(kvmprep_vm_set_memslots(s.handle, NULL, 0, &s.err), s.err);
+    CHECK_EQ(memory_known(&s), 0);
+    setting_end(&s);
+}
+
+/* KVM refuses to resize a slot that stands; then the slot stands as before, for KVM and for the handle. */
+static void memslot_that_kvm_refuses(void) {
+    struct setting s = setting_make(ANON_4K, SIZE);
+    struct kvmprep_memslot resized = s.slot, odd = s.slot;
+    struct kvmprep_populate_result result;
+
+    CHECK_OK(kvmprep_populate(s.handle, NULL, 0, NULL, NULL, 0, &s.err), s.err);
+    resized.size = SIZE / 2;
+    CHECK_ERR(kvmprep_memslot_set(s.handle, &resized, &s.err), s.err, EINVAL, KVMPREP_REASON_KERNEL_REFUSED);
+    CHECK_EQ(s.err.slot, MEMORY_SLOT);
+    CHECK_EQ(s.err.stage, KVMPREP_STAGE_MEMSLOT);
+    CHECK_EQ(s.err.gpa, resized.gpa);
+    CHECK_EQ(s.err.size, resized.size);
+    odd.slot = 0xffff; /* more than there can be */
+    odd.gpa += 32 * MIB;
+    CHECK_ERR(kvmprep_memslot_set(s.handle, &odd, &s.err), s.err, EINVAL, KVMPREP_REASON_KERNEL_REFUSED);
+    odd.slot = 5;
+    odd.size = 0;
+    CHECK_ERR(kvmprep_memslot_set(s.handle, &odd, &s.err), s.err, EINVAL, KVMPREP_REASON_KERNEL_REFUSED);
+
+    CHECK_EQ(memory_known(&s), SIZE);
+    struct kvmprep_range all = range_of(MEMORY_GPA, SIZE);
+    struct kvmprep_coverage coverage;
+    CHECK_OK(kvmprep_get_coverage(s.handle, &all, &coverage, sizeof(coverage), &s.err), s.err);
+    CHECK_EQ(coverage.host, SIZE);
+    /* Named, it would be refused if it still counted as about to change. */
+    CHECK_OK(kvmprep_populate(s.handle, &all, 1, NULL, &result, sizeof(result), &s.err), s.err);
+    CHECK_EQ(result.host, SIZE);
+    setting_end(&s);
+}
+
+static void options(void) {
+    struct setting s = setting_make(ANON_4K, SIZE);
+    struct kvmprep_populate_opts opts;
+    struct kvmprep_populate_result result;
+    struct kvmprep_range rest;
+    struct kvmprep_job *const before = MISALIGNED(&s);
+    struct kvmprep_job *out = before;
+    int fds[2] = {s.vcpus[0].fd, s.vcpus[0].fd};
+
+#define CHECK_OPTS(why, ...)                                                                                 \
+    do {                                                                                                     \
+        opts = default_opts();                                                                               \
+        __VA_ARGS__;                                                                                         \
+        CHECK_ERR(kvmprep_populate(s.handle, NULL, 0, &opts, &result, sizeof(result), &s.err), s.err,        \
+                  EINVAL, why);                                                                              \
+        CHECK_ERR(kvmprep_job_new(s.handle, NULL, 0, &opts, &out, &s.err), s.err, EINVAL, why);              \
+    } while (0)
+    CHECK_OPTS(KVMPREP_REASON_UNKNOWN_FLAGS, opts.flags = 64);
+    CHECK_OPTS(KVMPREP_REASON_UNKNOWN_FLAGS, opts.flags = 1u << 31);
+    CHECK_OPTS(KVMPREP_REASON_BAD_VALUE, opts.intent = 3);
+    CHECK_OPTS(KVMPREP_REASON_BAD_VALUE, opts.intent = UINT32_MAX);
+    CHECK_OPTS(KVMPREP_REASON_BAD_VALUE,
+               opts.flags = KVMPREP_POPULATE_HOST_ONLY | KVMPREP_POPULATE_REQUIRE_STAGE2);
+    CHECK_OPTS(KVMPREP_REASON_BAD_VALUE, opts.host_threads = 1025);
+    CHECK_OPTS(KVMPREP_REASON_BAD_VALUE, opts.vcpu_fds = fds; opts.n_vcpu_fds = 2); /* one vCPU twice */
+    CHECK_OPTS(KVMPREP_REASON_BAD_VALUE, opts.vcpu_fds = fds; opts.n_vcpu_fds = 1; opts.vcpu_fd = fds[0]);
+#undef CHECK_OPTS
+
+    /* A job's threads come by calls of their own; options that name some would be ignored, and so are
+     * refused. */
+#define CHECK_JOB_OPTS(...)                                                                                  \
+    do {                                                                                                     \
+        opts = default_opts();                                                                               \
+        __VA_ARGS__;                                                                                         \
+        CHECK_ERR(kvmprep_job_new(s.handle, NULL, 0, &opts, &out, &s.err), s.err, EINVAL,                    \
+                  KVMPREP_REASON_BAD_VALUE);                                                                 \
+    } while (0)
+    CHECK_JOB_OPTS(opts.vcpu_fd = fds[0]);
+    CHECK_JOB_OPTS(opts.host_threads = 1);
+    CHECK_JOB_OPTS(opts.vcpu_fds = fds; opts.n_vcpu_fds = 1);
+    CHECK_JOB_OPTS(opts.remaining = &rest; opts.remaining_capacity = 1);
+#undef CHECK_JOB_OPTS
+    CHECK(out == before);
+
+    struct kvmprep_job *job = job_of(&s);
+    CHECK_ERR(kvmprep_job_spawn(job, fds, 2, 0, &s.err), s.err, EINVAL, KVMPREP_REASON_BAD_VALUE);
+    CHECK_ERR(kvmprep_job_spawn(job, NULL, 0, 1025, &s.err), s.err, EINVAL, KVMPREP_REASON_BAD_VALUE);
+    CHECK_EQ(kvmprep_job_free(job), 0);
+    setting_end(&s);
+}
+
+/* Descriptors that are negative, closed, or of something else, wherever one is passed. */
+static void descriptors(void) {
+    struct setting s = setting_make(ANON_4K, SIZE);
+    struct kvmprep_populate_opts opts = default_opts();
+    struct kvmprep_vm_config config = KVMPREP_VM_CONFIG_INIT;
+    struct kvmprep_fault_stats stats;
+    struct kvmprep_caps caps;
+    struct kvmprep_vm *out = NULL;
+    struct kvmprep_job *job = job_of(&s);
+    int closed = eventfd(0, EFD_CLOEXEC), event = eventfd(0, EFD_CLOEXEC);
+    int empty =
+        memfd_create("kvmprep-test", MFD_CLOEXEC); /* can be mapped, but has no byte that could be read */
+    close(closed);
+
+    /* No vCPUs: below -1, which is the way to say "none"; closed; and what KVM's own ioctls would not take.
+     */
+    const int no_vcpus[] = {-2, INT_MIN, closed, event, empty, s.vm.kvm, s.vm.fd};
+    for (size_t i = 0; i < sizeof(no_vcpus) / sizeof(no_vcpus[0]); i++) {
+        int fd = no_vcpus[i];
+#define CHECK_NO_VCPU(call) CHECK_ERR(call, s.err, EBADF, KVMPREP_REASON_BAD_FD)
+        opts = default_opts();
+        opts.vcpu_fd = fd;
+        CHECK_NO_VCPU(kvmprep_populate(s.handle, NULL, 0, &opts, NULL, 0, &s.err));
+        opts = default_opts();
+        opts.vcpu_fds = &fd;
+        opts.n_vcpu_fds = 1;
+        CHECK_NO_VCPU(kvmprep_populate(s.handle, NULL, 0, &opts, NULL, 0, &s.err));
+        CHECK_NO_VCPU(kvmprep_job_run(job, fd, &s.err));
+        CHECK_NO_VCPU(kvmprep_job_run_near(job, fd, NULL, 0, &s.err));
+        CHECK_NO_VCPU(kvmprep_job_spawn(job, &fd, 1, 0, &s.err));
+#undef CHECK_NO_VCPU
+    }
+    int none = -1; /* in a list there is no "none" */
+    CHECK_ERR(kvmprep_job_spawn(job, &none, 1, 0, &s.err), s.err, EBADF, KVMPREP_REASON_BAD_FD);
+    /* The job did not suffer from any of these. */
+    CHECK_ERR(kvmprep_job_wait(job, 0, NULL, 0, &s.err), s.err, ETIMEDOUT, KVMPREP_REASON_NOT_FINISHED);
+
+    /* What is no VM. /dev/kvm answers some of a VM's questions, which makes it the likelier mistake. */
+    config.vm_fd = closed;
+    CHECK_ERR(kvmprep_vm_new(&config, &out, &s.err), s.err, EBADF, KVMPREP_REASON_BAD_FD);
+    const int no_vms[] = {event, empty, s.vm.kvm, s.vcpus[0].fd};
+    for (size_t i = 0; i < sizeof(no_vms) / sizeof(no_vms[0]); i++) {
+        config.vm_fd = no_vms[i];
+        CHECK_ERR(kvmprep_vm_new(&config, &out, &s.err), s.err, EBADF, KVMPREP_REASON_BAD_FD);
+        CHECK(kvmprep_keep_mappings(no_vms[i], &s.err) < 0);
+    }
+    CHECK(out == NULL);
+
+    CHECK_ERR(kvmprep_probe(closed, -1, &caps, sizeof(caps), &s.err), s.err, EBADF, KVMPREP_REASON_BAD_FD);
+    CHECK_ERR(kvmprep_probe(-1, closed, &caps, sizeof(caps), &s.err), s.err, EBADF, KVMPREP_REASON_BAD_FD);
+    CHECK_EQ(kvmprep_probe(event, -1, &caps, sizeof(caps), &s.err), -ENOTTY);
+    CHECK_ERR(kvmprep_get_fault_stats(&closed, 1, &stats, sizeof(stats), &s.err), s.err, EBADF,
+              KVMPREP_REASON_BAD_FD);
+    CHECK_ERR(kvmprep_get_fault_stats(&event, 1, &stats, sizeof(stats), &s.err), s.err, EOPNOTSUPP,
+              KVMPREP_REASON_KERNEL_REFUSED);
+    struct kvmprep_range range = range_of(MEMORY_GPA, PAGE);
+    CHECK_ERR(kvmprep_vcpu_pre_fault(closed, &range, &s.err), s.err, EBADF, KVMPREP_REASON_BAD_FD);
+    const int others[] = {event, s.vm.kvm, s.vm.fd};
+    for (size_t i = 0; i < 3; i++) {
+        CHECK(kvmprep_vcpu_pre_fault(others[i], &range, &s.err) < 0);
+        CHECK_EQ(s.err.reason, KVMPREP_REASON_BAD_FD);
+        CHECK(range.gpa == MEMORY_GPA && range.size == PAGE);
+    }
+    CHECK_EQ(kvmprep_job_free(job), 0);
+    close(event);
+    close(empty);
+    setting_end(&s);
+}
+
+/* Memory that cannot be populated: which errno, which reason, and where. */
+static void unfit_memory(void) {
+    struct setting s = setting_make(ANON_4K, SIZE);
+    struct kvmprep_populate_result result;
+    struct kvmprep_range named = range_of(MEMORY_GPA, SIZE), hole = range_of(MEMORY_GPA - PAGE, 3 * PAGE);
+    struct kvmprep_memslot slot = s.slot;
+
+#define CHECK_UNFIT(range, code, why)                                                                        \
+    do {                                                                                                     \
+        memset(&result, 0xa5, sizeof(result));                                                               \
+        CHECK_ERR(kvmprep_populate(s.handle, range, 1, NULL, &result, sizeof(result), &s.err), s.err, code,  \
+                  why);                                                                                      \
+        CHECK_EQ((unsigned char)result.bytes, 0xa5); /* no work was begun, so there is no result */          \
+    } while (0)
+    CHECK_UNFIT(&hole, ENOENT, KVMPREP_REASON_NO_MEMSLOT);
+    CHECK_EQ(s.err.gpa, hole.gpa);
+    CHECK_EQ(s.err.slot, KVMPREP_NO_SLOT);
+    CHECK_OK(kvmprep_memslot_changing(s.handle, MEMORY_SLOT, &s.err), s.err);
+    CHECK_UNFIT(&named, EBUSY, KVMPREP_REASON_MEMSLOT_CHANGING);
+    CHECK_EQ(s.err.slot, MEMORY_SLOT);
+    slot.attributes = KVMPREP_MEMSLOT_DEVICE;
+    CHECK_OK(kvmprep_memslot_note(s.handle, &slot, &s.err), s.err);
+    CHECK_UNFIT(&named, EINVAL, KVMPREP_REASON_MEMSLOT_DEVICE);
+    slot.attributes = KVMPREP_MEMSLOT_USERFAULTFD;
+    CHECK_OK(kvmprep_memslot_note(s.handle, &slot, &s.err), s.err);
+    CHECK_UNFIT(&named, EBUSY, KVMPREP_REASON_MEMSLOT_USERFAULTFD);
+    CHECK_OK(kvmprep_memslot_note(s.handle, &s.slot, &s.err), s.err);
+
+    CHECK_EQ(mprotect((char *)s.memory.hva + SIZE / 2, SIZE / 2, PROT_READ), 0);
+    CHECK_UNFIT(&named, EACCES, KVMPREP_REASON_HOST_MAPPING_READ_ONLY);
+    CHECK_EQ(s.err.gpa, MEMORY_GPA + SIZE / 2);
+    CHECK_EQ(s.err.size, SIZE / 2);
+    CHECK_EQ(s.err.stage, KVMPREP_STAGE_HOST);
+    CHECK_EQ(munmap((char *)s.memory.hva + SIZE / 2, SIZE / 2), 0);
+    CHECK_UNFIT(&named, EFAULT, KVMPREP_REASON_NO_HOST_MAPPING);
+    CHECK_EQ(s.err.gpa, MEMORY_GPA + SIZE / 2);
+#undef CHECK_UNFIT
+    setting_end(&s);
+}
+
+/* A handle outlives its jobs: it is not freed under them, and is as good as before. */
+static void handle_with_a_job(void) {
+    struct setting s = setting_make(ANON_4K, SIZE);
+    struct kvmprep_job *job = job_of(&s);
+    CHECK_EQ(kvmprep_vm_free(s.handle), -EBUSY);
+    CHECK_OK(kvmprep_job_run(job, -1, &s.err), s.err);
+    CHECK_OK(kvmprep_job_cancel(job, &s.err), s.err);
+    CHECK_EQ(kvmprep_vm_free(s.handle), -EBUSY); /* a job that is over lives until it is freed */
+    CHECK_EQ(kvmprep_job_free(job), 0);
+    setting_end(&s);
+}
+
+/* The probe's answers, where they can be known otherwise. */
+static void probe(void) {
+    struct setting s = setting_make(ANON_4K, SIZE);
+    struct kvmprep_caps caps;
+    CHECK_OK(kvmprep_probe(-1, s.vm.fd, &caps, sizeof(caps), &s.err), s.err);
+    CHECK_EQ(caps.pre_fault, s.has_pre_fault);
+    CHECK_EQ(caps.kernel_release >> 16, kernel_release() / 1000);
+    CHECK_EQ(caps.kernel_release >> 8 & 255, kernel_release() % 1000);
+    CHECK_EQ(caps.memslots, ioctl(s.vm.fd, KVM_CHECK_EXTENSION, KVM_CAP_NR_MEMSLOTS));
+    int spaces = ioctl(s.vm.fd, KVM_CHECK_EXTENSION, KVM_CAP_MULTI_ADDRESS_SPACE);
+    CHECK_EQ(caps.address_spaces, spaces > 1 ? spaces : 1); /* there is always one */
+    CHECK_EQ(caps.read_only_memslots, 1);
+    CHECK(caps.gpa_bits >= 36 && caps.gpa_bits <= 52);
+    setting_end(&s);
+}
+
+int main(int argc, char **argv) {
+    static const struct check_case cases[] = {
+        {"version_and_names", version_and_names},
+        {"no_handle", no_handle},
+        {"misaligned_handle", misaligned_handle},
+        {"without_a_handle", without_a_handle},
+        {"range_of_a_pre_fault", range_of_a_pre_fault},
+        {"config_of_a_handle", config_of_a_handle},
+        {"size_of_a_config", size_of_a_config},
+        {"error_is_written_whole", error_is_written_whole},
+        {"error_of_success_is_empty", error_of_success_is_empty},
+        {"no_error_wanted", no_error_wanted},
+        {"pointers", pointers},
+        {"size_of_the_options", size_of_the_options},
+        {"sizes_of_outputs", sizes_of_outputs},
+        {"ranges", ranges},
+        {"memslots", memslots},
+        {"overlapping_memslots", overlapping_memslots},
+        {"list_of_memslots", list_of_memslots},
+        {"memslot_that_kvm_refuses", memslot_that_kvm_refuses},
+        {"options", options},
+        {"descriptors", descriptors},
+        {"unfit_memory", unfit_memory},
+        {"handle_with_a_job", handle_with_a_job},
+        {"probe", probe},
+    };
+    return check_main(argc, argv, cases, sizeof(cases) / sizeof(cases[0]));
+}
