@@ -1045,9 +1045,10 @@ int kvmprep_vcpu_pre_fault(int vcpu_fd,
  *
  * By default KVM drops every mapping of every slot when any slot is deleted or moved. The quirk exists because
  * dropping less once made a guest with an assigned GPU unstable: disable it where no device is assigned, or
- * offer the choice. On kernels before 6.15 disabling quirks replaces the set disabled before: a VMM that
- * disables others by KVM_CAP_DISABLE_QUIRKS2 itself must there pass all of them in one call of its own, with
- * KVM_X86_QUIRK_SLOT_ZAP_ALL (128) among them, instead of this one.
+ * offer the choice. Before Linux 6.15 (or a stable release with that fix) disabling quirks replaces the set that
+ * was disabled before: there a VMM that disables others by KVM_CAP_DISABLE_QUIRKS2 itself passes all of them in
+ * one call of its own, KVM_X86_QUIRK_SLOT_ZAP_ALL (128) among them, instead of this one, and tells the handle by
+ * KVMPREP_VM_MAPPINGS_ARE_KEPT.
  *
  * Threads: any; before slots are deleted. Returns 0, or -EBADF, -EOPNOTSUPP (not this kernel), -EIO.
  */

@@ -173,8 +173,11 @@ impl Vm {
         let range = {
             let mut memory = self.memory();
             memory.slots.set_changing(slot, true);
-            memory.coverage.zap_may_come();
-            memory.slots.get(slot).and_then(Memslot::range)
+            let range = memory.slots.get(slot).and_then(Memslot::range);
+            if range.is_some() && !self.mappings_are_kept {
+                memory.coverage.zap_may_come();
+            }
+            range
         };
         // Population is of address space 0 alone; the others' slots are in no queue.
         if let (Some(range), 0) = (range, address_space(slot)) {
@@ -209,7 +212,6 @@ impl Vm {
 
     /// What the change from `old` to `new` has cost.
     fn note_loss(&self, memory: &mut Memory, old: Option<&Memslot>, new: Option<&Memslot>) {
-        memory.coverage.zap_may_come();
         let Some((old, place)) = old.and_then(|old| Some((old, old.range()?))) else { return };
         let same_memory = new.is_some_and(|new| {
             (new.region.gpa, new.region.size, new.region.hva) == (place.start, place.size(), old.region.hva)
@@ -228,6 +230,7 @@ impl Vm {
             memory.coverage.forget(place);
         }
         if !self.mappings_are_kept {
+            memory.coverage.zap_may_come();
             memory.coverage.lost_all_stage2();
         }
     }

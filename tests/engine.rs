@@ -338,7 +338,7 @@ fn memory_is_not_touched_after_its_change_was_announced() {
         let mut kernel = fake();
         kernel.step = 0x8000;
         let (kernel, vm) = vm_of(kernel);
-        let half = SIZE / 2 & !0xfff;
+        let half = (SIZE / 2) & !0xfff;
         vm.set_memslots(&[slot(1, GPA, half), slot(2, GPA + half, SIZE - half)]).unwrap();
         let gone = Range { start: GPA + half, end: GUEST.end };
         let job = Job::new(&vm, &[], WRITE).unwrap();

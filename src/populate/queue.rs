@@ -222,3 +222,95 @@ impl Queue {
 fn next(set: &RangeSet, own: &[Range]) -> Option<Range> {
     own.iter().find_map(|o| set.within(*o).next()).or_else(|| set.first())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kvm::Linux;
+    use proptest::prelude::*;
+
+    const ALL: Range = Range { start: 0, end: 64 };
+
+    fn cut(waiting: Range) -> Range {
+        Range { start: waiting.start, end: waiting.end.min((waiting.start / 8 + 1) * 8) }
+    }
+
+    fn queue_of_all() -> Queue {
+        Queue::new(Arc::new(Linux::default()), [ALL].into_iter().collect(), RangeSet::new())
+    }
+
+    #[test]
+    fn a_dropped_task_goes_back_whole() {
+        let queue = queue_of_all();
+        let Claim::Task(task) = queue.claim(Skill::Both, &[], cut) else { panic!("no task") };
+        assert_eq!(task.range, Range { start: 0, end: 8 });
+        assert!(
+            matches!(queue.claim(Skill::Host, &[Range { start: 60, end: 64 }], cut), Claim::Task(t) if t.range.start == 60)
+        );
+        drop(task);
+        assert_eq!(queue.remaining().iter().collect::<Vec<_>>(), [ALL]);
+        assert!(
+            matches!(queue.claim(Skill::Both, &[], cut), Claim::Task(t) if t.range.start == 0 && t.needs_host)
+        );
+    }
+
+    #[test]
+    fn who_can_do_nothing_waits_only_for_what_may_come() {
+        let queue = Queue::new(Arc::new(Linux::default()), RangeSet::new(), [ALL].into_iter().collect());
+        assert!(matches!(queue.claim(Skill::Host, &[], cut), Claim::Nothing));
+        let mut tasks = Vec::new();
+        while let Claim::Task(task) = queue.claim(Skill::Both, &[], cut) {
+            tasks.push(task);
+        }
+        assert!(matches!(queue.claim(Skill::Both, &[], cut), Claim::Later(_)));
+        assert!(matches!(queue.claim(Skill::Host, &[], cut), Claim::Nothing));
+        tasks.into_iter().for_each(|task| task.finish(None, None));
+        assert!(queue.is_done(false));
+    }
+
+    proptest! {
+        /// Whatever is done, each byte is in one place, and withdrawn memory never comes back.
+        #[test]
+        fn every_byte_is_somewhere(ops in prop::collection::vec((0u8..6, 0u64..63, 1u64..20), 1..100)) {
+            let queue = queue_of_all();
+            let (mut tasks, mut done, mut withdrawn) = (Vec::new(), RangeSet::new(), RangeSet::new());
+            for (op, start, size) in ops {
+                match op {
+                    0 | 1 => {
+                        let skill = if op == 0 { Skill::Both } else { Skill::Host };
+                        if let Claim::Task(task) = queue.claim(skill, &[], cut) {
+                            prop_assert_eq!(withdrawn.size_within(task.range), 0);
+                            tasks.push(task);
+                        }
+                    }
+                    2..=4 => {
+                        let Some(task) = tasks.pop() else { continue };
+                        let range = task.range;
+                        let middle = (range.start + start % range.size()).max(range.start);
+                        let rest = Range::between(middle, range.end).filter(|_| op == 3);
+                        done.insert(Range { start: range.start, end: rest.map_or(range.end, |r| r.start).max(range.start + 1) });
+                        let rest = rest.filter(|r| r.start > range.start);
+                        if op == 3 && rest.is_none() {
+                            done.remove(range);
+                            drop(task);
+                        } else if op == 4 && task.needs_host {
+                            done.remove(range);
+                            task.finish(None, Some(range));
+                        } else {
+                            task.finish(None, rest);
+                        }
+                    }
+                    _ => {
+                        let range = Range { start, end: (start + size).min(64) };
+                        queue.take_away(range);
+                        let gone: Vec<_> = done.missing(range);
+                        gone.into_iter().for_each(|part| withdrawn.insert(part));
+                    }
+                }
+                let mut all = queue.remaining();
+                done.iter().for_each(|range| all.insert(range));
+                prop_assert_eq!(all.iter().collect::<Vec<_>>(), [ALL]);
+            }
+        }
+    }
+}

@@ -83,6 +83,7 @@ fn source_lane() -> Result<Lane> {
     );
     lane.check("rustdoc", rustdoc());
     cargo_tests(&mut lane, "cargo test", &["test", "--workspace", "--no-fail-fast"], &[]);
+    cargo_tests(&mut lane, "cargo test, AddressSanitizer", SANITIZED, &sanitizer_environment());
     lane.check("the header is current", abi::check_header());
     let built = Programs::prepare()?;
     lane.check("the library exports what the header declares", abi::check_symbols(&built.library()));
@@ -99,6 +100,20 @@ fn source_lane() -> Result<Lane> {
     }
     lane.check("the README's example", readme_example(&built));
     Ok(lane)
+}
+
+/// The library's tests once more, every access to memory checked. (ThreadSanitizer is of no use here: std's own
+/// locks are not instrumented, and it takes every contended one for a race.)
+const SANITIZED: &[&str] =
+    &["test", "--package", "kvmprep", "--lib", "--tests", "--target", "x86_64-unknown-linux-gnu"];
+
+fn sanitizer_environment() -> [(&'static str, &'static str); 3] {
+    [
+        // The sanitizer's switch is not stable, its runtime comes with the stable toolchain all the same.
+        ("RUSTC_BOOTSTRAP", "1"),
+        ("RUSTFLAGS", "-Zsanitizer=address -Cunsafe-allow-abi-mismatch=sanitizer"),
+        ("CARGO_TARGET_DIR", "target/kvmprep/sanitized"),
+    ]
 }
 
 fn cargo_check(arguments: &[&str]) -> Result<()> {
