@@ -1027,7 +1027,9 @@ int kvmprep_probe(int kvm_fd,
  * Threads: the one that owns the vCPU. The call waits, unkillable by ordinary signals, while another thread is
  * in KVM_RUN on this vCPU, and for memory registered with userfaultfd. A failed call overwrites the exit
  * reason in kvm_run: make it with no userspace exit pending. When: after KVM_SET_CPUID2 (which may change the
- * number of page-table levels), not in SMM, not while a nested guest runs.
+ * number of page-table levels), not in SMM, not while a nested guest runs. On Linux 6.11 to 6.14 a vCPU that ran
+ * or pre-faulted before a memslot was deleted must enter the guest (KVM_RUN) before it pre-faults again, unless
+ * mappings are kept (kvmprep_keep_mappings()): else the kernel spins in this call until a signal comes.
  *
  * Returns 0, or -EINVAL (`remaining` NULL, misaligned, empty, unaligned, wrapping, beyond the host's address
  * width, or not a vCPU), -EBADF, -EINTR (a signal: call again), -ENOENT (no memslot at `remaining->gpa`),
@@ -1190,7 +1192,9 @@ int kvmprep_get_coverage(const struct kvmprep_vm *vm,
  *
  * When: after KVM_SET_CPUID2 on every vCPU, with all slots in place, before the vCPUs run; not in SMM and not
  * while a nested guest runs (such a vCPU refuses or fills another page table). What undoes it later: the
- * deletion of any slot (see kvmprep_keep_mappings()), dirty logging, and what kvmprep_get_coverage() names.
+ * deletion of any slot (see kvmprep_keep_mappings()), dirty logging, and what kvmprep_get_coverage() names. On
+ * Linux 6.11 to 6.14 a vCPU must have entered the guest since such a deletion if it ran or pre-faulted before it:
+ * see kvmprep_vcpu_pre_fault(); a library thread's would spin for ever, since its signals are blocked.
  *
  * `result` may be NULL. It and `opts->remaining` are written whenever work was begun, on error too: no progress
  * is lost, and calling again does the rest.

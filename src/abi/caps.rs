@@ -7,7 +7,7 @@ use crate::error::{Error, Reason, Result, Stage};
 use crate::kvm::caps::Caps;
 use crate::kvm::{Kernel, Linux, Stats};
 use crate::populate::job::{VCPU_REFUSED_HINT, vcpu_refused_message};
-use crate::populate::stage2::{self, Outcome, Patience};
+use crate::populate::stage2::{self, Outcome, Patience, Pause};
 use crate::range::Range;
 use std::ffi::c_int;
 use std::sync::atomic::AtomicU32;
@@ -103,11 +103,11 @@ impl Patience for OneCall<'_> {
         true
     }
 
-    fn pause(&self, length: Duration) -> bool {
+    fn pause(&self, length: Duration) -> Pause {
         let word = AtomicU32::new(0);
         // A signal ends the pause; the next try reports it if it is still pending.
         let _ = self.0.wait(&word, 0, length);
-        true
+        Pause::Over
     }
 }
 
@@ -122,7 +122,9 @@ impl Patience for OneCall<'_> {
 /// Threads: the one that owns the vCPU. The call waits, unkillable by ordinary signals, while another thread is
 /// in KVM_RUN on this vCPU, and for memory registered with userfaultfd. A failed call overwrites the exit
 /// reason in kvm_run: make it with no userspace exit pending. When: after KVM_SET_CPUID2 (which may change the
-/// number of page-table levels), not in SMM, not while a nested guest runs.
+/// number of page-table levels), not in SMM, not while a nested guest runs. On Linux 6.11 to 6.14 a vCPU that ran
+/// or pre-faulted before a memslot was deleted must enter the guest (KVM_RUN) before it pre-faults again, unless
+/// mappings are kept (kvmprep_keep_mappings()): else the kernel spins in this call until a signal comes.
 ///
 /// Returns 0, or -EINVAL (`remaining` NULL, misaligned, empty, unaligned, wrapping, beyond the host's address
 /// width, or not a vCPU), -EBADF, -EINTR (a signal: call again), -ENOENT (no memslot at `remaining->gpa`),
