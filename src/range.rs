@@ -120,6 +120,11 @@ impl RangeSet {
 
     /// Adds `range`, joining it with what it overlaps or touches.
     pub fn insert(&mut self, range: Range) {
+        // Work is done mostly in order: what is added then lengthens the last range.
+        if let Some(last) = self.ranges.back_mut().filter(|r| r.start <= range.start && range.start <= r.end) {
+            last.end = last.end.max(range.end);
+            return;
+        }
         let from = self.ranges.partition_point(|r| r.end < range.start);
         let to = from + self.ranges.iter().skip(from).take_while(|r| r.start <= range.end).count();
         if from == to {
