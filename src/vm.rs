@@ -12,7 +12,9 @@ use crate::populate::queue::Queue;
 use crate::range::Range;
 use once_cell::sync::OnceCell;
 use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 /// How a handle is to be.
 #[derive(Clone, Copy, Debug)]
@@ -36,6 +38,8 @@ pub struct Vm {
     caps: OnceCell<Caps>,
     memory: Mutex<Memory>,
     work: Mutex<Vec<Weak<Queue>>>,
+    /// Counts pre-faults that have ended; a futex.
+    pre_faults_ended: AtomicU32,
 }
 
 /// The part of a guest that changes.
@@ -43,6 +47,10 @@ pub struct Vm {
 pub(crate) struct Memory {
     pub slots: SlotRecord,
     pub coverage: Coverage,
+    /// Counts changes announced and noted.
+    pub changes: u64,
+    /// Pre-faults under way, counted where one could hang.
+    pre_faults: usize,
 }
 
 /// Disables the slot-zap-all quirk of a VM.
@@ -86,6 +94,7 @@ impl Vm {
             caps: OnceCell::new(),
             memory: Mutex::default(),
             work: Mutex::default(),
+            pre_faults_ended: AtomicU32::new(0),
         };
         vm.caps()?;
         Ok(vm)
@@ -173,15 +182,63 @@ impl Vm {
         let range = {
             let mut memory = self.memory();
             memory.slots.set_changing(slot, true);
+            memory.changes += 1;
             let range = memory.slots.get(slot).and_then(Memslot::range);
             if range.is_some() && !self.mappings_are_kept {
                 memory.coverage.zap_may_come();
             }
             range
         };
+        if range.is_some() {
+            self.await_pre_faults();
+        }
         // Population is of address space 0 alone; the others' slots are in no queue.
         if let (Some(range), 0) = (range, address_space(slot)) {
             self.withdraw(range);
+        }
+    }
+
+    /// Whether a pre-fault of any slot hangs when any slot is deleted meanwhile. Deleting a slot makes all page
+    /// tables obsolete, and a pre-fault under way goes on trying with those it began with, until a signal comes
+    /// (Linux 7.3 too). Where mappings are kept it is not so.
+    fn has_hanging_zaps(&self) -> bool {
+        !self.mappings_are_kept
+    }
+
+    /// Whether a pre-fault may begin now. If so, [`Vm::end_pre_fault`] must follow.
+    pub(crate) fn begin_pre_fault(&self) -> bool {
+        if !self.has_hanging_zaps() {
+            return true;
+        }
+        let mut memory = self.memory();
+        if memory.slots.is_any_changing() {
+            return false;
+        }
+        memory.pre_faults += 1;
+        true
+    }
+
+    /// A pre-fault is over.
+    pub(crate) fn end_pre_fault(&self) {
+        if self.has_hanging_zaps() {
+            self.memory().pre_faults -= 1;
+            self.pre_faults_ended.fetch_add(1, Ordering::SeqCst);
+            self.kernel.wake(&self.pre_faults_ended);
+        }
+    }
+
+    /// Returns once no pre-fault is under way, where one could hang on a slot's change.
+    fn await_pre_faults(&self) {
+        if !self.has_hanging_zaps() {
+            return;
+        }
+        loop {
+            let ended = self.pre_faults_ended.load(Ordering::SeqCst);
+            if self.memory().pre_faults == 0 {
+                return;
+            }
+            // A signal is no reason not to wait: the slot is about to go.
+            let _ = self.kernel.wait(&self.pre_faults_ended, ended, Duration::from_millis(20));
         }
     }
 
@@ -191,6 +248,7 @@ impl Vm {
         let mut memory = self.memory();
         memory.slots.check_room(slot)?;
         let old = memory.slots.replace(slot);
+        memory.changes += 1;
         self.note_loss(&mut memory, old.as_ref(), Some(slot));
         Ok(())
     }

@@ -65,7 +65,14 @@ impl Caps {
     }
 }
 
-fn release(kernel: &dyn Kernel) -> [u32; 3] {
+/// Whether a pre-fault hangs on this kernel when a slot's deletion has made the vCPU's page-table root obsolete:
+/// Linux 6.11 to 6.14.
+pub fn roots_go_stale(release: [u32; 3]) -> bool {
+    (6, 11) <= (release[0], release[1]) && (release[0], release[1]) < (6, 15)
+}
+
+/// The running kernel's release.
+pub fn release(kernel: &dyn Kernel) -> [u32; 3] {
     let text = kernel.read_file("/proc/sys/kernel/osrelease").unwrap_or_default();
     let mut numbers = text.split(|c: char| !c.is_ascii_digit()).map_while(|n| n.parse().ok());
     std::array::from_fn(|_| numbers.next().unwrap_or(0))

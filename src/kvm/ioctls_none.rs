@@ -21,6 +21,12 @@ pub fn set_region(_: RawFd, _: &Region) -> Sys<()> {
     Err(UNKNOWN)
 }
 
+pub fn renew_root(_: RawFd) {}
+
+pub fn is_in_smm(_: RawFd) -> bool {
+    false
+}
+
 pub fn pre_fault(_: RawFd, _: Range) -> Sys<Option<Range>> {
     Err(UNKNOWN)
 }

@@ -16,6 +16,11 @@ const KVM_SET_USER_MEMORY_REGION: c_ulong = 0x4020_ae46;
 const KVM_SET_USER_MEMORY_REGION2: c_ulong = 0x40a0_ae49;
 const KVM_ENABLE_CAP: c_ulong = 0x4068_aea3;
 const KVM_GET_STATS_FD: c_ulong = 0xaece;
+const KVM_GET_MSRS: c_ulong = 0xc008_ae88;
+const KVM_SET_MSRS: c_ulong = 0x4008_ae89;
+const KVM_GET_VCPU_EVENTS: c_ulong = 0x8040_ae9f;
+const MSR_EFER: u32 = 0xc000_0080;
+const EFER_NX: u64 = 1 << 11;
 
 /// The quirk by which deleting any slot drops the mappings of all.
 pub const QUIRK_SLOT_ZAP_ALL: u64 = kvm::KVM_X86_QUIRK_SLOT_ZAP_ALL as u64;
@@ -56,6 +61,39 @@ pub fn set_region(vm: RawFd, region: &Region) -> Sys<()> {
         ..Default::default()
     };
     ioctl(vm, KVM_SET_USER_MEMORY_REGION2, &mut v2)
+}
+
+#[repr(C)]
+struct OneMsr {
+    header: kvm::kvm_msrs,
+    entry: kvm::kvm_msr_entry,
+}
+
+/// Lets a vCPU find out whether its stage-2 root is still the VM's. Linux 6.11 to 6.14 look at that in KVM_RUN
+/// alone, and a pre-fault through a root that a slot's deletion has made obsolete spins until a signal comes.
+/// There is no call for it; a change of the paging mode, taken back at once, does it. The guest cannot see it,
+/// since the vCPU is not running. Where KVM refuses (protected state) the vCPU is left as it is.
+pub fn renew_root(vcpu: RawFd) {
+    let entry = kvm::kvm_msr_entry { index: MSR_EFER, ..Default::default() };
+    let mut msr = OneMsr { header: kvm::kvm_msrs { nmsrs: 1, ..Default::default() }, entry };
+    // These ioctls answer with the number of registers they came to, and the size in their number is the header's
+    // alone; `OneMsr` has the one entry behind it that the header tells of.
+    if ioctl(vcpu, KVM_GET_MSRS, &mut msr).is_err() {
+        return;
+    }
+    let efer = msr.entry.data;
+    for value in [efer ^ EFER_NX, efer] {
+        msr.entry.data = value;
+        if ioctl(vcpu, KVM_SET_MSRS, &mut msr).is_err() {
+            return;
+        }
+    }
+}
+
+/// Whether the vCPU is in system management mode, where it uses page tables of its own.
+pub fn is_in_smm(vcpu: RawFd) -> bool {
+    let mut events = kvm::kvm_vcpu_events::default();
+    ioctl(vcpu, KVM_GET_VCPU_EVENTS, &mut events).is_ok() && events.smi.smm != 0
 }
 
 pub fn pre_fault(vcpu: RawFd, range: Range) -> Sys<Option<Range>> {

@@ -5,7 +5,7 @@
 
 use super::uapi::*;
 use super::{
-    Access, Errno, ExitRequest, FileKind, Kernel, MappedObject, Mapping, Region, Stats, Sys, ioctls, maps,
+    Access, Errno, ExitRequest, FileKind, Kernel, MappedObject, Mapping, Region, Stats, Sys, caps, ioctls, maps,
 };
 use crate::range::{HUGE, PAGE, Range};
 use libc::{c_int, c_ulong, c_void};
@@ -67,6 +67,7 @@ pub fn block_asynchronous_signals() -> impl Drop {
 pub struct Linux {
     maps: OnceCell<File>,
     pagemap: OnceCell<File>,
+    roots_go_stale: OnceCell<bool>,
 }
 
 fn open(path: &str) -> Sys<File> {
@@ -178,7 +179,16 @@ impl Kernel for Linux {
     }
 
     fn pre_fault(&self, vcpu: RawFd, range: Range) -> Sys<Option<Range>> {
+        // Before each, since a slot may have been deleted that nobody told of.
+        let go_stale = self.roots_go_stale.get_or_init(|| caps::roots_go_stale(caps::release(self)));
+        if *go_stale {
+            ioctls::renew_root(vcpu);
+        }
         ioctls::pre_fault(vcpu, range)
+    }
+
+    fn is_in_smm(&self, vcpu: RawFd) -> bool {
+        ioctls::is_in_smm(vcpu)
     }
 
     fn stats(&self, fd: RawFd) -> Sys<Stats> {

@@ -133,6 +133,10 @@ pub trait Kernel: Send + Sync {
     fn set_region(&self, vm: RawFd, region: &Region) -> Sys<()>;
     /// `KVM_PRE_FAULT_MEMORY`: returns what is left of `range`, `None` when nothing is.
     fn pre_fault(&self, vcpu: RawFd, range: Range) -> Sys<Option<Range>>;
+    /// Whether the vCPU is in system management mode; no, where that cannot be known.
+    fn is_in_smm(&self, _vcpu: RawFd) -> bool {
+        false
+    }
     /// The binary statistics of a vCPU or VM.
     fn stats(&self, fd: RawFd) -> Sys<Stats>;
     /// Watches a vCPU's `immediate_exit`.

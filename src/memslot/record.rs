@@ -33,6 +33,11 @@ impl SlotRecord {
         self.by_id.get(&id).is_some_and(|entry| entry.changing)
     }
 
+    /// Whether a change of any slot has been announced and not yet noted.
+    pub fn is_any_changing(&self) -> bool {
+        self.by_id.values().any(|entry| entry.changing)
+    }
+
     /// Marks a known slot as about to change, or not any more.
     pub fn set_changing(&mut self, id: SlotId, changing: bool) {
         if let Some(entry) = self.by_id.get_mut(&id) {

@@ -6,7 +6,7 @@
 use super::coverage::Table;
 use super::plan::{HostMethod, Intent, Plan, Segment, Wish};
 use super::queue::{Claim, Queue, Skill, Task};
-use super::stage2::{self, Outcome, Patience};
+use super::stage2::{self, Outcome, Patience, Pause};
 use super::{host, supply};
 use crate::error::{Error, Reason, Result, Stage};
 use crate::kvm::{Access, ExitRequest, Kernel, MappedObject, block_asynchronous_signals};
@@ -213,6 +213,8 @@ pub struct Worker<'a> {
     own: &'a [Range],
     exit_request: Option<Box<dyn ExitRequest>>,
     is_library: bool,
+    /// Whether its vCPU has been looked at.
+    is_checked: bool,
     refused: bool,
 }
 
@@ -220,11 +222,11 @@ impl<'a> Worker<'a> {
     /// The caller's thread, with the vCPU that it owns, if any. `own` is memory that it should take first.
     pub fn visitor(kernel: &dyn Kernel, vcpu: Option<RawFd>, own: &'a [Range]) -> Result<Self> {
         let exit_request = vcpu.map(|fd| watch_vcpu(kernel, fd)).transpose()?;
-        Ok(Self { vcpu, own, exit_request, is_library: false, refused: false })
+        Ok(Self { vcpu, own, exit_request, is_library: false, is_checked: false, refused: false })
     }
 
     fn library(vcpu: Option<RawFd>) -> Worker<'static> {
-        Worker { vcpu, own: &[], exit_request: None, is_library: true, refused: false }
+        Worker { vcpu, own: &[], exit_request: None, is_library: true, is_checked: false, refused: false }
     }
 
     fn is_wanted_elsewhere(&self) -> bool {
@@ -259,8 +261,18 @@ impl Job {
             stage2: has_stage2 && !options.host_only,
             dirty_logged_too: options.dirty_logged_too,
         };
-        let slots = vm.memory().slots.clone();
-        let plan = Plan::new(&*kernel, &slots, asked, wish)?;
+        let (slots, plan) = loop {
+            let (slots, changes) = {
+                let memory = vm.memory();
+                (memory.slots.clone(), memory.changes)
+            };
+            match Plan::new(&*kernel, &slots, asked, wish) {
+                Ok(plan) => break (slots, plan),
+                // What was announced meanwhile may be gone already, and is not what is to be planned.
+                Err(_) if vm.memory().changes != changes => {}
+                Err(error) => return Err(error),
+            }
+        };
         if options.require_stage2 && plan.dirty_logged > 0 {
             return Err(dirty_logged());
         }
@@ -435,6 +447,11 @@ impl Job {
             task.finish(None, Some(range));
             return None;
         };
+        // KVM would not refuse: it would fill the page tables of that mode, which no other uses.
+        if !std::mem::replace(&mut worker.is_checked, true) && self.kernel.is_in_smm(vcpu) {
+            task.finish(None, Some(range));
+            return self.after_stage2(worker, Outcome::VcpuRefused(range));
+        }
         let began = Instant::now();
         let zaps = self.vm.memory().coverage.zaps();
         let patience = InJob { job: self, yields: !worker.is_library, range };
@@ -775,15 +792,25 @@ impl Patience for InJob<'_> {
         self.yields
     }
 
-    fn pause(&self, length: Duration) -> bool {
+    fn pause(&self, length: Duration) -> Pause {
         self.job.counters.retries.fetch_add(1, Relaxed);
         let now = self.job.queue.now();
         if self.job.has_ended() || self.job.queue.is_withdrawn(self.range) {
-            return false;
+            return Pause::Stop;
         }
-        // Changes of the queue end the pause early, a signal too: the next try will see it.
-        let _ = self.job.queue.sleep(now, length);
-        true
+        // Changes of the queue end the pause early.
+        match self.job.queue.sleep(now, length) {
+            Err(_) if self.yields => Pause::Signal,
+            _ => Pause::Over,
+        }
+    }
+
+    fn may_begin(&self) -> bool {
+        self.job.vm.begin_pre_fault()
+    }
+
+    fn end(&self) {
+        self.job.vm.end_pre_fault();
     }
 }
 

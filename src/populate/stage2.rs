@@ -31,8 +31,25 @@ pub trait Patience {
     /// Whether a signal ends the call. It does not on a thread whose signals are blocked: an `EINTR` there is the
     /// kernel's way of saying "again".
     fn yields_to_signals(&self) -> bool;
-    /// Waits before the next try; false: stop trying.
-    fn pause(&self, length: Duration) -> bool;
+    /// Waits before the next try.
+    fn pause(&self, length: Duration) -> Pause;
+    /// Whether a pre-fault may begin now; where it may, [`Patience::end`] follows it.
+    fn may_begin(&self) -> bool {
+        true
+    }
+    /// A pre-fault is over.
+    fn end(&self) {}
+}
+
+/// How a pause ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pause {
+    /// Try again.
+    Over,
+    /// Stop trying.
+    Stop,
+    /// A signal came to a thread that yields to them.
+    Signal,
 }
 
 /// The shortest and longest pause, and how long all may last together. A slot's deletion takes milliseconds; two
@@ -47,7 +64,14 @@ pub fn pre_fault(kernel: &dyn Kernel, vcpu: RawFd, range: Range, patience: &dyn 
     let mut pause = SHORTEST;
     let mut waited = Duration::ZERO;
     loop {
-        match kernel.pre_fault(vcpu, rest) {
+        let answer = if patience.may_begin() {
+            let answer = kernel.pre_fault(vcpu, rest);
+            patience.end();
+            answer
+        } else {
+            Err(Errno(libc::EAGAIN))
+        };
+        match answer {
             Ok(None) => return Outcome::Done,
             Ok(Some(left)) if left.start > rest.start => {
                 rest = left;
@@ -71,8 +95,10 @@ pub fn pre_fault(kernel: &dyn Kernel, vcpu: RawFd, range: Range, patience: &dyn 
         if waited >= PATIENCE {
             return Outcome::Failed(rest, gave_up(rest));
         }
-        if !patience.pause(pause) {
-            return Outcome::Stopped(rest);
+        match patience.pause(pause) {
+            Pause::Over => {}
+            Pause::Stop => return Outcome::Stopped(rest),
+            Pause::Signal => return Outcome::Interrupted(rest),
         }
         waited += pause;
         pause = (pause * 2).min(LONGEST);
