@@ -59,9 +59,13 @@ static void tear_down(struct setting *s) {
 
 /* ---- the ways ---- */
 
+/* The host has no mapping of private memory that could be populated. */
+static bool can_prealloc(enum kind kind) {
+    return kind != GMEM_PRIVATE;
+}
+
 static void prealloc(struct setting *s) {
-    /* The host has no mapping of private memory that could be populated. */
-    if (s->memory.kind != GMEM_PRIVATE)
+    if (can_prealloc(s->memory.kind))
         CHECK_EQ(madvise(s->memory.hva, s->memory.size, MADV_POPULATE_WRITE), 0);
 }
 
@@ -145,11 +149,16 @@ static void sample_time(enum kind kind, enum way way, bool is_warm_up) {
 
 static void compare(enum kind kind) {
     for (enum way way = 0; way < WAYS; way++)
-        sample_faults(kind, way);
+        if (way != PREALLOC_ONLY || can_prealloc(kind))
+            sample_faults(kind, way);
     sample_time(kind, TWO_VCPUS, true);
-    for (unsigned round = 0; round < rounds; round++)
-        for (unsigned i = 0; i < WAYS - 1; i++)
-            sample_time(kind, IOCTL_ONLY + in_turn(round, i, WAYS - 1), false);
+    for (unsigned round = 0; round < rounds; round++) {
+        for (unsigned i = 0; i < WAYS - 1; i++) {
+            enum way way = IOCTL_ONLY + in_turn(round, i, WAYS - 1);
+            if (way != PREALLOC_ONLY || can_prealloc(kind))
+                sample_time(kind, way, false);
+        }
+    }
 }
 
 /* ---- guest_memfd: does it pay to allocate before stage 2 is filled? ---- */

@@ -2,6 +2,7 @@
 
 mod abi;
 mod bed;
+mod bench;
 mod demo;
 mod lanes;
 mod programs;
@@ -28,6 +29,8 @@ enum Command {
     Test(test::Cli),
     /// The tests' full-size runs.
     Soak(soak::Cli),
+    /// Measure the library against what people do without it.
+    Bench(bench::Cli),
     /// Boot real Linux kernels with real KVM under emulation.
     Bed(bed::Cli),
     /// The C interface: write the header, or check that it is current.
@@ -39,6 +42,7 @@ fn main() -> ExitCode {
         Command::Demo(cli) => demo::main(cli),
         Command::Test(cli) => test::main(cli),
         Command::Soak(cli) => soak::main(cli),
+        Command::Bench(cli) => bench::main(cli),
         Command::Bed(cli) => bed::main(cli),
         Command::Abi(cli) => abi::main(cli),
     };
