@@ -1027,9 +1027,10 @@ int kvmprep_probe(int kvm_fd,
  * Threads: the one that owns the vCPU. The call waits, unkillable by ordinary signals, while another thread is
  * in KVM_RUN on this vCPU, and for memory registered with userfaultfd. A failed call overwrites the exit
  * reason in kvm_run: make it with no userspace exit pending. When: after KVM_SET_CPUID2 (which may change the
- * number of page-table levels), not in SMM, not while a nested guest runs. On Linux 6.11 to 6.14 a vCPU that ran
- * or pre-faulted before a memslot was deleted must enter the guest (KVM_RUN) before it pre-faults again, unless
- * mappings are kept (kvmprep_keep_mappings()): else the kernel spins in this call until a signal comes.
+ * number of page-table levels), not in SMM, not while a nested guest runs, and not while any memslot is deleted or
+ * moved, unless mappings are kept (kvmprep_keep_mappings()): else the kernel spins in this call until a signal
+ * comes (Linux 6.11 to 7.3 at least), and the deletion may wait for it. On Linux 6.11 to 6.14 the library writes
+ * the vCPU's EFER and puts it back before each pre-fault, or a deletion of the past would do the same.
  *
  * Returns 0, or -EINVAL (`remaining` NULL, misaligned, empty, unaligned, wrapping, beyond the host's address
  * width, or not a vCPU), -EBADF, -EINTR (a signal: call again), -ENOENT (no memslot at `remaining->gpa`),
@@ -1126,8 +1127,10 @@ int kvmprep_memslot_set(struct kvmprep_vm *vm,
  * the slot up (it is in their result, as remaining), new ones leave it out or, when it is named, fail with
  * -EBUSY, until kvmprep_memslot_note(). A slot that the handle does not know is accepted and does nothing.
  *
- * It matters: on Linux 6.11 and 6.12 a pre-fault that meets a slot being deleted and the deletion wait for each
- * other for ever.
+ * It matters: a pre-fault of any slot that is under way when any slot is deleted or moved spins in the kernel
+ * until a signal comes (Linux 6.11 to 7.3 at least), and before 6.18 one of the slot itself and the deletion wait
+ * for each other for ever. So, unless mappings are kept, no pre-fault of any slot is under way when this returns,
+ * and none begins before the change is noted: jobs wait for that, and fail with -EAGAIN after two seconds.
  *
  * Threads: any, but not one that a worker waits for: a library thread inside the kernel for a vCPU that is in
  * KVM_RUN, or for userfaultfd memory, is waited for. Returns 0, or -EINVAL (`vm` NULL).

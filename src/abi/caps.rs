@@ -122,9 +122,10 @@ impl Patience for OneCall<'_> {
 /// Threads: the one that owns the vCPU. The call waits, unkillable by ordinary signals, while another thread is
 /// in KVM_RUN on this vCPU, and for memory registered with userfaultfd. A failed call overwrites the exit
 /// reason in kvm_run: make it with no userspace exit pending. When: after KVM_SET_CPUID2 (which may change the
-/// number of page-table levels), not in SMM, not while a nested guest runs. On Linux 6.11 to 6.14 a vCPU that ran
-/// or pre-faulted before a memslot was deleted must enter the guest (KVM_RUN) before it pre-faults again, unless
-/// mappings are kept (kvmprep_keep_mappings()): else the kernel spins in this call until a signal comes.
+/// number of page-table levels), not in SMM, not while a nested guest runs, and not while any memslot is deleted or
+/// moved, unless mappings are kept (kvmprep_keep_mappings()): else the kernel spins in this call until a signal
+/// comes (Linux 6.11 to 7.3 at least), and the deletion may wait for it. On Linux 6.11 to 6.14 the library writes
+/// the vCPU's EFER and puts it back before each pre-fault, or a deletion of the past would do the same.
 ///
 /// Returns 0, or -EINVAL (`remaining` NULL, misaligned, empty, unaligned, wrapping, beyond the host's address
 /// width, or not a vCPU), -EBADF, -EINTR (a signal: call again), -ENOENT (no memslot at `remaining->gpa`),

@@ -329,8 +329,10 @@ pub unsafe extern "C" fn kvmprep_memslot_set(
 /// the slot up (it is in their result, as remaining), new ones leave it out or, when it is named, fail with
 /// -EBUSY, until kvmprep_memslot_note(). A slot that the handle does not know is accepted and does nothing.
 ///
-/// It matters: on Linux 6.11 and 6.12 a pre-fault that meets a slot being deleted and the deletion wait for each
-/// other for ever.
+/// It matters: a pre-fault of any slot that is under way when any slot is deleted or moved spins in the kernel
+/// until a signal comes (Linux 6.11 to 7.3 at least), and before 6.18 one of the slot itself and the deletion wait
+/// for each other for ever. So, unless mappings are kept, no pre-fault of any slot is under way when this returns,
+/// and none begins before the change is noted: jobs wait for that, and fail with -EAGAIN after two seconds.
 ///
 /// Threads: any, but not one that a worker waits for: a library thread inside the kernel for a vCPU that is in
 /// KVM_RUN, or for userfaultfd memory, is waited for. Returns 0, or -EINVAL (`vm` NULL).
