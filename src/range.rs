@@ -140,6 +140,13 @@ impl RangeSet {
 
     /// Takes `range` out and returns how many bytes of it were in the set.
     pub fn remove(&mut self, range: Range) -> u64 {
+        // And it is taken from the front: the first range gets shorter.
+        let is_front = |r: &&mut Range| range.start <= r.start && r.start < range.end && range.end < r.end;
+        if let Some(first) = self.ranges.front_mut().filter(is_front) {
+            let removed = range.end - first.start;
+            first.start = range.end;
+            return removed;
+        }
         let mut removed = 0;
         let mut at = self.ranges.partition_point(|r| r.end <= range.start);
         while let Some(found) = self.ranges.get(at).copied() {
