@@ -428,7 +428,7 @@ impl Job {
             task.finish(None, None);
             return None;
         };
-        let began = Instant::now();
+        let mut began = Instant::now();
         if task.needs_host {
             if let Err(error) = host::populate(&*self.kernel, segment, range) {
                 task.finish(Some(range), None);
@@ -436,7 +436,7 @@ impl Job {
             }
             self.vm.memory().coverage.gained(Table::Host, segment.access, range);
             self.counters.host.fetch_add(range.size(), Relaxed);
-            self.counters.host_ns.fetch_add(began.elapsed().as_nanos() as u64, Relaxed);
+            began = lap(&self.counters.host_ns, began);
         }
         self.tell(began);
         if !segment.stage2 {
@@ -452,7 +452,6 @@ impl Job {
             task.finish(None, Some(range));
             return self.after_stage2(worker, Outcome::VcpuRefused(range));
         }
-        let began = Instant::now();
         let zaps = self.vm.memory().coverage.zaps();
         let patience = InJob { job: self, yields: !worker.is_library, range };
         let (outcome, absent) = if segment.resident_only {
@@ -460,7 +459,7 @@ impl Job {
         } else {
             (stage2::pre_fault(&*self.kernel, vcpu, range, &patience), 0)
         };
-        self.counters.stage2_ns.fetch_add(began.elapsed().as_nanos() as u64, Relaxed);
+        lap(&self.counters.stage2_ns, began);
         let rest = rest_of(&outcome);
         if let Some(done) = Range::between(range.start, rest.map_or(range.end, |r| r.start)) {
             self.count_stage2(segment, done, absent, zaps);
@@ -812,6 +811,13 @@ impl Patience for InJob<'_> {
     fn end(&self) {
         self.job.vm.end_pre_fault();
     }
+}
+
+/// Adds the time since `began` to `counter`, and returns the present moment.
+fn lap(counter: &AtomicU64, began: Instant) -> Instant {
+    let now = Instant::now();
+    counter.fetch_add(now.duration_since(began).as_nanos() as u64, Relaxed);
+    now
 }
 
 fn rest_of(outcome: &Outcome) -> Option<Range> {
