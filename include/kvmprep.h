@@ -908,7 +908,8 @@ struct kvmprep_populate_result {
    */
   uint64_t absent;
   /**
-   * Bytes mapped for reading whose first write will still fault.
+   * Bytes mapped for reading whose first write will still fault. Not counted with KVMPREP_INTENT_RESIDENT, which
+   * maps for writing what the host's page tables have writable.
    */
   uint64_t first_writes;
   /**

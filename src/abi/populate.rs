@@ -216,7 +216,8 @@ pub struct kvmprep_populate_result {
     pub stage2: u64,
     /// Bytes not in memory and so not mapped (KVMPREP_INTENT_RESIDENT).
     pub absent: u64,
-    /// Bytes mapped for reading whose first write will still fault.
+    /// Bytes mapped for reading whose first write will still fault. Not counted with KVMPREP_INTENT_RESIDENT, which
+    /// maps for writing what the host's page tables have writable.
     pub first_writes: u64,
     /// Bytes kept out of stage 2 because their slot's writes are logged.
     pub dirty_logged: u64,

@@ -550,7 +550,8 @@ impl Job {
         let mapped = done.size() - absent;
         self.counters.absent.fetch_add(absent, Relaxed);
         self.counters.stage2.fetch_add(mapped, Relaxed);
-        if segment.access == Access::Read && first_write_faults(segment.backing) {
+        // Of resident memory the kernel maps for writing what the host has writable, page by page.
+        if segment.access == Access::Read && !segment.resident_only && first_write_faults(segment.backing) {
             self.counters.first_writes.fetch_add(mapped, Relaxed);
         }
         let mut memory = self.vm.memory();
