@@ -1320,8 +1320,9 @@ int kvmprep_job_remaining(struct kvmprep_job *job,
 
 /**
  * Waits for the end of the job, at most `timeout_ms` milliseconds; negative: as long as it takes; 0: asks only.
- * It does no work itself. A job that only callers' threads work on ends when they have done it all, or by
- * kvmprep_job_cancel() or its time limit.
+ * It does no work itself. The end is when no thread has memory in hand any more, after a cancellation too. A job
+ * that only callers' threads work on ends when they have done it all, or by kvmprep_job_cancel() or its time
+ * limit.
  *
  * `result` may be NULL; it is written when the job is over, whether it succeeded or not.
  *
@@ -1348,7 +1349,8 @@ int kvmprep_job_cancel(struct kvmprep_job *job,
  * A descriptor that becomes readable, at most twenty times a second, when there is progress since the last
  * kvmprep_job_progress(), and is readable for good when the job is over: for poll and its like. Do not read
  * from it: kvmprep_job_progress() quiets it. It belongs to the job: it must not be closed, and is gone with the
- * job.
+ * job. That the time limit has passed is noticed by the threads at work and by calls on the job: where there are
+ * neither, poll with that limit.
  *
  * Threads: any. Returns the descriptor, or -EINVAL (`job` NULL).
  */

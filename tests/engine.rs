@@ -115,7 +115,21 @@ fn partial_progress_is_carried_on() {
     kernel.step = 0x3000;
     let (kernel, vm) = vm_of(kernel);
     let job = Job::new(&vm, &[], WRITE).unwrap();
-    visit(&kernel, &job, Some(5));
+    job.spawn(&[5], 0).unwrap();
+    job.wait(None).unwrap();
+    assert_all_populated(&kernel, &job);
+}
+
+/// The kernel tells of what it has mapped and not of the signal that has stopped it.
+#[test]
+fn a_step_that_falls_short_is_a_signal_to_a_callers_thread() {
+    let mut kernel = fake();
+    kernel.step = 0x80000;
+    let (kernel, vm) = vm_of(kernel);
+    let job = Job::new(&vm, &[], WRITE).unwrap();
+    assert_eq!(visit(&kernel, &job, Some(5)), Leave::Interrupted);
+    assert_eq!(job.progress().stage2, 0x81000);
+    while visit(&kernel, &job, Some(5)) == Leave::Interrupted {}
     assert_all_populated(&kernel, &job);
 }
 

@@ -123,7 +123,9 @@ pub unsafe extern "C" fn kvmprep_job_run_near(
     }
 }
 
-fn run(job: &Job, vcpu_fd: c_int, own: &[Range]) -> Result<c_int> {
+fn run(job: &Arc<Job>, vcpu_fd: c_int, own: &[Range]) -> Result<c_int> {
+    // Held on to: the job may be freed as soon as this thread does not count as being inside.
+    let job = Arc::clone(job);
     let worker = Worker::visitor(job.kernel(), optional_fd(vcpu_fd, "vcpu_fd")?, own)?;
     match job.run(worker, &mut |_| {}) {
         Leave::NoWork => Ok(0),
@@ -220,8 +222,9 @@ pub unsafe extern "C" fn kvmprep_job_remaining(
 }
 
 /// Waits for the end of the job, at most `timeout_ms` milliseconds; negative: as long as it takes; 0: asks only.
-/// It does no work itself. A job that only callers' threads work on ends when they have done it all, or by
-/// kvmprep_job_cancel() or its time limit.
+/// It does no work itself. The end is when no thread has memory in hand any more, after a cancellation too. A job
+/// that only callers' threads work on ends when they have done it all, or by kvmprep_job_cancel() or its time
+/// limit.
 ///
 /// `result` may be NULL; it is written when the job is over, whether it succeeded or not.
 ///
@@ -274,7 +277,8 @@ pub unsafe extern "C" fn kvmprep_job_cancel(job: *mut kvmprep_job, err: *mut kvm
 /// A descriptor that becomes readable, at most twenty times a second, when there is progress since the last
 /// kvmprep_job_progress(), and is readable for good when the job is over: for poll and its like. Do not read
 /// from it: kvmprep_job_progress() quiets it. It belongs to the job: it must not be closed, and is gone with the
-/// job.
+/// job. That the time limit has passed is noticed by the threads at work and by calls on the job: where there are
+/// neither, poll with that limit.
 ///
 /// Threads: any. Returns the descriptor, or -EINVAL (`job` NULL).
 ///
@@ -308,7 +312,11 @@ pub unsafe extern "C" fn kvmprep_job_free(job: *mut kvmprep_job) -> c_int {
                 return Err(Error::new(libc::EBUSY, Reason::Busy, "a caller's thread is inside the job"));
             }
             inner.join_library(&mut |_| {});
-            drop(Box::from_raw(job));
+            let job = Box::from_raw(job).0;
+            // A caller's thread that has just left may be a few instructions from its return.
+            while Arc::strong_count(&job) > 1 {
+                std::thread::yield_now();
+            }
             Ok(0)
         })
     }

@@ -578,6 +578,7 @@ impl Job {
     pub fn has_ended(&self) -> bool {
         if self.end.get().is_none() && self.options.timeout.is_some_and(|most| self.started.elapsed() >= most)
         {
+            self.end_if_done();
             self.end_with(End::TimedOut);
         }
         self.end.get().is_some()
@@ -637,7 +638,8 @@ impl Job {
         let until = timeout.map(|t| Instant::now() + t);
         loop {
             let now = self.queue.now();
-            if self.has_ended() {
+            // A thread that has not left yet may be adding to what is done.
+            if self.has_ended() && !self.queue.is_in_hand() {
                 return Ok(());
             }
             let left = until.map_or(PROGRESS_PERIOD, |until| until.saturating_duration_since(Instant::now()));

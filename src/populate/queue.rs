@@ -187,6 +187,11 @@ impl Queue {
         state.host.is_empty() && (state.stage2.is_empty() || without_stage2) && state.in_hand.is_empty()
     }
 
+    /// Whether somebody has anything in hand.
+    pub fn is_in_hand(&self) -> bool {
+        !self.state().in_hand.is_empty()
+    }
+
     /// Everything that is not done: waiting, in hand, withdrawn.
     pub fn remaining(&self) -> RangeSet {
         let state = self.state();

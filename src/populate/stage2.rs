@@ -5,7 +5,7 @@
 
 use crate::error::{Error, Reason, Stage};
 use crate::kvm::{Errno, Kernel};
-use crate::range::Range;
+use crate::range::{PAGE, Range};
 use std::os::fd::RawFd;
 use std::time::Duration;
 
@@ -63,18 +63,25 @@ pub fn pre_fault(kernel: &dyn Kernel, vcpu: RawFd, range: Range, patience: &dyn 
     let mut rest = range;
     let mut pause = SHORTEST;
     let mut waited = Duration::ZERO;
+    let mut fell_short = false;
     loop {
+        // The kernel says 0 as soon as it has mapped one page, also when a signal has stopped it: whether it was
+        // one, the next page tells.
+        let is_question = std::mem::take(&mut fell_short) && patience.yields_to_signals();
+        let asked = if is_question { Range { start: rest.start, end: rest.start + PAGE } } else { rest };
         let answer = if patience.may_begin() {
-            let answer = kernel.pre_fault(vcpu, rest);
+            let answer = kernel.pre_fault(vcpu, asked);
             patience.end();
             answer
         } else {
             Err(Errno(libc::EAGAIN))
         };
         match answer {
-            Ok(None) => return Outcome::Done,
+            Ok(None) if asked == rest => return Outcome::Done,
+            Ok(None) => return Outcome::Interrupted(Range { start: asked.end, end: rest.end }),
             Ok(Some(left)) if left.start > rest.start => {
-                rest = left;
+                rest.start = left.start;
+                fell_short = true;
                 (pause, waited) = (SHORTEST, Duration::ZERO);
                 continue;
             }
