@@ -64,6 +64,10 @@ static unsigned seconds(void) {
     return (unsigned)now.tv_sec;
 }
 
+void check_is_alive(void) {
+    atomic_store(&watched_since, seconds());
+}
+
 static void *watch(void *unused) {
     for (;;) {
         sleep(1);
@@ -106,7 +110,7 @@ int check_main(int argc, char **argv, const struct check_case *cases, size_t n) 
     for (size_t i = 0; i < n; i++) {
         if (!is_wanted(argc, argv, cases[i].name))
             continue;
-        atomic_store(&watched_since, seconds());
+        check_is_alive();
         atomic_store(&watched_case, cases[i].name);
         enum outcome outcome = run_case(&cases[i]);
         counts[outcome]++;

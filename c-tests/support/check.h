@@ -19,6 +19,8 @@ extern jmp_buf check_end_of_case; /* main thread only: other threads return what
 /* Ends the case as failed. */
 _Noreturn void check_failed(const char *file, int line, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
+/* Says that a case which takes long by its nature is not hanging. */
+void check_is_alive(void);
 /* Ends the case as skipped. */
 _Noreturn void check_skipped(const char *format, ...) __attribute__((format(printf, 1, 2)));
 

@@ -8,11 +8,13 @@
 
 #include <inttypes.h>
 #include <stdio.h>
+#include "check.h"
 
 /* One measurement of `way` in the comparison `what`: nanoseconds, or a count. */
 static inline void sample(const char *what, const char *way, uint64_t value) {
     printf("sample|%s|%s|%" PRIu64 "\n", what, way, value);
     fflush(stdout);
+    check_is_alive();
 }
 
 /*
