@@ -121,7 +121,8 @@ impl RangeSet {
     /// Adds `range`, joining it with what it overlaps or touches.
     pub fn insert(&mut self, range: Range) {
         // Work is done mostly in order: what is added then lengthens the last range.
-        if let Some(last) = self.ranges.back_mut().filter(|r| r.start <= range.start && range.start <= r.end) {
+        if let Some(last) = self.ranges.back_mut().filter(|r| r.start <= range.start && range.start <= r.end)
+        {
             last.end = last.end.max(range.end);
             return;
         }

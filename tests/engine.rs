@@ -57,8 +57,12 @@ fn fake() -> Fake {
 }
 
 fn vm_of(kernel: Fake) -> (Arc<Fake>, Arc<Vm>) {
+    vm_with(kernel, false)
+}
+
+fn vm_with(kernel: Fake, mappings_are_kept: bool) -> (Arc<Fake>, Arc<Vm>) {
     let kernel = Arc::new(kernel);
-    let config = Config { vm_fd: 3, gpa_bits: Some(40), keep_mappings: false, mappings_are_kept: false };
+    let config = Config { vm_fd: 3, gpa_bits: Some(40), keep_mappings: false, mappings_are_kept };
     let vm = Vm::new(kernel.clone(), config).unwrap();
     vm.set_memslots(&[slot(1, GPA, SIZE)]).unwrap();
     (kernel, Arc::new(vm))
@@ -351,7 +355,8 @@ fn memory_is_not_touched_after_its_change_was_announced() {
     for round in 0..20 {
         let mut kernel = fake();
         kernel.step = 0x8000;
-        let (kernel, vm) = vm_of(kernel);
+        // Where they are not kept, the other slot's job waits for the note.
+        let (kernel, vm) = vm_with(kernel, true);
         let half = (SIZE / 2) & !0xfff;
         vm.set_memslots(&[slot(1, GPA, half), slot(2, GPA + half, SIZE - half)]).unwrap();
         let gone = Range { start: GPA + half, end: GUEST.end };
@@ -366,6 +371,22 @@ fn memory_is_not_touched_after_its_change_was_announced() {
         assert!(!kernel.trespassed.load(Ordering::SeqCst));
         assert_eq!(job.remaining().iter().filter(|r| !gone.contains(r)).count(), 0);
     }
+}
+
+#[test]
+fn no_pre_fault_begins_between_a_change_s_announcement_and_its_note() {
+    let (kernel, vm) = vm_of(fake());
+    vm.note(&slot(9, 1 << 36, 0x1000)).unwrap();
+    vm.changing(9);
+    let job = Job::new(&vm, &[GUEST], WRITE).unwrap();
+    assert_eq!(visit(&kernel, &job, Some(5)), Leave::Ended);
+    let error = job.verdict().unwrap_err();
+    assert_eq!((error.errno, error.reason), (libc::EAGAIN, Reason::RetriesExhausted));
+    assert_eq!(kernel.stage2.lock().unwrap().size(), 0);
+    vm.note(&slot(9, GPA, 0)).unwrap();
+    let job = Job::new(&vm, &[GUEST], WRITE).unwrap();
+    visit(&kernel, &job, Some(5));
+    assert_all_populated(&kernel, &job);
 }
 
 #[test]

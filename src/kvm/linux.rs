@@ -5,7 +5,8 @@
 
 use super::uapi::*;
 use super::{
-    Access, Errno, ExitRequest, FileKind, Kernel, MappedObject, Mapping, Region, Stats, Sys, caps, ioctls, maps,
+    Access, Errno, ExitRequest, FileKind, Kernel, MappedObject, Mapping, Region, Stats, Sys, caps, ioctls,
+    maps,
 };
 use crate::range::{HUGE, PAGE, Range};
 use libc::{c_int, c_ulong, c_void};

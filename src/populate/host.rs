@@ -83,12 +83,14 @@ fn explain(kernel: &dyn Kernel, segment: &Segment, range: Range, errno: Errno) -
 }
 
 /// The page size, where the segment is of huge pages. Before Linux 6.11 a mapping's page size is not in what the
-/// plan asks, so here, where something has failed already, the costlier file is read.
-fn hugetlb_page_size(kernel: &dyn Kernel, segment: &Segment, range: Range) -> Option<u64> {
+/// plan asks, so here, where something has failed already or is to be known beforehand, the costlier file is read.
+pub fn hugetlb_page_size(kernel: &dyn Kernel, segment: &Segment, range: Range) -> Option<u64> {
     if segment.page_size > PAGE {
         return Some(segment.page_size);
     }
-    if !matches!(segment.backing.object, MappedObject::Hugetlb | MappedObject::File | MappedObject::Shmem) {
+    if segment.page_size == PAGE
+        || !matches!(segment.backing.object, MappedObject::Hugetlb | MappedObject::File | MappedObject::Shmem)
+    {
         return None;
     }
     let smaps = kernel.read_file("/proc/self/smaps").ok()?;

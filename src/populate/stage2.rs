@@ -121,11 +121,11 @@ fn gave_up(rest: Range) -> Error {
     Error::new(
         libc::EAGAIN,
         Reason::RetriesExhausted,
-        format!("guest {rest} stayed unmappable for two seconds: its memslot is being deleted or moved"),
+        format!("guest {rest} stayed unmappable for two seconds: a memslot is being deleted or moved"),
     )
     .stage(Stage::Stage2)
     .range(rest)
-    .hint("announce slot changes with kvmprep_memslot_changing, and populate after them")
+    .hint("announce slot changes with kvmprep_memslot_changing, and note them at once with kvmprep_memslot_note")
 }
 
 fn explain(errno: Errno, vcpu: RawFd, rest: Range) -> Error {

@@ -3,6 +3,7 @@
 //! It refuses only what surely cannot fit: need is counted low and supply high, so a refusal is never wrong, and
 //! a pass is no promise.
 
+use super::host;
 use super::plan::{HostMethod, Plan, Segment};
 use crate::error::{Error, Reason, Result, Stage};
 use crate::kvm::{Access, Kernel, MappedObject};
@@ -37,7 +38,8 @@ fn needs(kernel: &dyn Kernel, plan: &Plan) -> BTreeMap<u64, u64> {
     let mut needs = BTreeMap::new();
     for segment in plan.segments.iter().filter(|s| allocates(s)) {
         let missing = segment.range.size().saturating_sub(present(kernel, segment));
-        *needs.entry(segment.page_size.max(PAGE)).or_default() += missing;
+        let page_size = host::hugetlb_page_size(kernel, segment, segment.range).unwrap_or(PAGE);
+        *needs.entry(page_size).or_default() += missing;
     }
     needs
 }
