@@ -12,7 +12,7 @@ use std::path::PathBuf;
 
 /// Measures of the drawing, in its own units.
 const WIDTH: f64 = 960.0;
-const TOP: f64 = 112.0;
+const TOP: f64 = 88.0;
 const BAR: f64 = 9.0;
 const BETWEEN_BACKINGS: f64 = 16.0;
 
@@ -34,6 +34,7 @@ struct Panel {
     left: f64,
     width: f64,
     most_percent: f64,
+    /// What stands beside a bar: the value itself, or its percentage.
     shows_values: bool,
 }
 
@@ -145,7 +146,8 @@ impl Panel {
             let y = first + BAR * i as f64;
             // Some ways do not exist for every backing.
             let Ok(value) = samples.median(&what, way) else { continue };
-            let end = self.x(100.0 * value / whole);
+            let percent = 100.0 * value / whole;
+            let end = self.x(percent);
             let _ = writeln!(
                 out,
                 "<rect class=\"c{colour}\" x=\"{}\" y=\"{y}\" width=\"{:.1}\" height=\"{}\"/>",
@@ -153,9 +155,10 @@ impl Panel {
                 end - self.left,
                 BAR - 1.0
             );
-            if self.shows_values {
-                text(out, end + 4.0, y + BAR - 1.0, "small", "start", &format!("{value}"));
-            }
+            let label = if self.shows_values { format!("{value}") } else { format!("{percent:.0} %") };
+            // A bar of nothing shows whose it is by its label's colour.
+            let class = if value == 0.0 { format!("small c{colour}") } else { "small".into() };
+            text(out, end + 4.0, y + BAR - 1.0, &class, "start", &label);
         }
         Ok(())
     }
