@@ -368,9 +368,7 @@ pub(super) fn check_thread_count(threads: u32) -> Result<u32> {
 ///
 /// When: after KVM_SET_CPUID2 on every vCPU, with all slots in place, before the vCPUs run; not in SMM and not
 /// while a nested guest runs (such a vCPU refuses or fills another page table). What undoes it later: the
-/// deletion of any slot (see kvmprep_keep_mappings()), dirty logging, and what kvmprep_get_coverage() names. On
-/// Linux 6.11 to 6.14 a vCPU must have entered the guest since such a deletion if it ran or pre-faulted before it:
-/// see kvmprep_vcpu_pre_fault(); a library thread's would spin for ever, since its signals are blocked.
+/// deletion of any slot (see kvmprep_keep_mappings()), dirty logging, and what kvmprep_get_coverage() names.
 ///
 /// `result` may be NULL. It and `opts->remaining` are written whenever work was begun, on error too: no progress
 /// is lost, and calling again does the rest.
