@@ -6,7 +6,7 @@
 //!
 //! The house, from the door inwards: [`abi`] is the C face and holds no logic; [`vm`] is what the library
 //! remembers of one guest; [`populate`] fills both page-table stages; [`memslot`] knows the slots; [`kvm`] is
-//! the only place that makes system calls; [`range`] and [`error`] are the ground.
+//! the only place that makes system calls; [`range`], [`error`] and [`panics`] are the ground.
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!("kvmprep is for 64-bit Linux");
@@ -15,6 +15,7 @@ pub mod abi;
 pub mod error;
 pub mod kvm;
 pub mod memslot;
+pub mod panics;
 pub mod populate;
 pub mod range;
 pub mod vm;

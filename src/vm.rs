@@ -7,7 +7,7 @@ use crate::error::{Error, Reason, Result, Stage};
 use crate::kvm::Kernel;
 use crate::kvm::caps::{Caps, QUIRK_SLOT_ZAP_ALL};
 use crate::memslot::{Memslot, SlotId, SlotRecord, address_space};
-use crate::populate::coverage::{Coverage, Covered, Loss};
+use crate::populate::coverage::{Coverage, Covered};
 use crate::populate::queue::Queue;
 use crate::range::Range;
 use once_cell::sync::OnceCell;
@@ -49,8 +49,9 @@ pub(crate) struct Memory {
     pub coverage: Coverage,
     /// Counts changes announced and noted.
     pub changes: u64,
-    /// Pre-faults under way, counted where one could hang.
+    /// Pre-faults under way, counted where one could hang, and those who wait for their end.
     pre_faults: usize,
+    awaiting_pre_faults: usize,
 }
 
 /// Disables the slot-zap-all quirk of a VM.
@@ -220,8 +221,15 @@ impl Vm {
 
     /// A pre-fault is over.
     pub(crate) fn end_pre_fault(&self) {
-        if self.has_hanging_zaps() {
-            self.memory().pre_faults -= 1;
+        if !self.has_hanging_zaps() {
+            return;
+        }
+        let is_awaited = {
+            let mut memory = self.memory();
+            memory.pre_faults -= 1;
+            memory.pre_faults == 0 && memory.awaiting_pre_faults > 0
+        };
+        if is_awaited {
             self.pre_faults_ended.fetch_add(1, Ordering::SeqCst);
             self.kernel.wake(&self.pre_faults_ended);
         }
@@ -232,10 +240,15 @@ impl Vm {
         if !self.has_hanging_zaps() {
             return;
         }
+        self.memory().awaiting_pre_faults += 1;
         loop {
             let ended = self.pre_faults_ended.load(Ordering::SeqCst);
-            if self.memory().pre_faults == 0 {
-                return;
+            {
+                let mut memory = self.memory();
+                if memory.pre_faults == 0 {
+                    memory.awaiting_pre_faults -= 1;
+                    return;
+                }
             }
             // A signal is no reason not to wait: the slot is about to go.
             let _ = self.kernel.wait(&self.pre_faults_ended, ended, Duration::from_millis(20));
@@ -245,11 +258,19 @@ impl Vm {
     /// A slot has changed.
     pub fn note(&self, slot: &Memslot) -> Result<()> {
         slot.check(self.gpa_bits()?)?;
-        let mut memory = self.memory();
-        memory.slots.check_room(slot)?;
-        let old = memory.slots.replace(slot);
-        memory.changes += 1;
-        self.note_loss(&mut memory, old.as_ref(), Some(slot));
+        let old = {
+            let mut memory = self.memory();
+            memory.slots.check_room(slot)?;
+            let old = memory.slots.replace(slot);
+            memory.changes += 1;
+            self.note_loss(&mut memory, old.as_ref(), Some(slot));
+            old
+        };
+        // Where the change was not announced, jobs still have the old slot in their queues.
+        let gone = old.filter(|old| old != slot && address_space(old.id()) == 0).and_then(|old| old.range());
+        if let Some(gone) = gone {
+            self.work().iter().for_each(|queue| queue.take_away(gone));
+        }
         Ok(())
     }
 
@@ -296,7 +317,7 @@ impl Vm {
     /// Memory is about to be discarded: returns once no worker touches it.
     pub fn discarded(&self, range: Range) {
         self.withdraw(range);
-        self.memory().coverage.lost(range, Loss::Discarded);
+        self.memory().coverage.discarded(range);
     }
 
     /// How much of `range` is populated, and how much of it is memory at all.

@@ -532,3 +532,82 @@ fn a_slot_that_the_kernel_refuses_is_as_it_was() {
     vm.set(&slot(1, GPA, 0)).unwrap();
     assert_eq!(Job::new(&vm, &[GUEST], WRITE).err().unwrap().reason, Reason::NoMemslot);
 }
+
+#[test]
+fn a_job_that_all_its_vcpus_refuse_ends_even_when_a_visitor_leaves_last() {
+    for _ in 0..50 {
+        let mut kernel = fake();
+        kernel.script = Some(Box::new(|_, _| Some(Err(Errno(libc::EOPNOTSUPP)))));
+        let (kernel, vm) = vm_of(kernel);
+        let job = Job::new(&vm, &[], WRITE).unwrap();
+        job.spawn(&[5], 0).unwrap();
+        visit(&kernel, &job, None);
+        job.wait(Some(Duration::from_secs(10))).expect("the job ends");
+        job.join_library(&mut |_| {});
+        assert_eq!(job.report().stage2_state, Stage2State::VcpusRefused);
+    }
+}
+
+#[test]
+fn an_unannounced_change_takes_the_slot_out_of_jobs_under_way() {
+    let (kernel, vm) = vm_of(fake());
+    let half = (SIZE / 2) & !0xfff;
+    vm.set_memslots(&[slot(1, GPA, half), slot(2, GPA + half, SIZE - half)]).unwrap();
+    let job = Job::new(&vm, &[], WRITE).unwrap();
+    vm.note(&slot(2, GPA, 0)).unwrap();
+    visit(&kernel, &job, Some(5));
+    job.verdict().unwrap();
+    assert_eq!(
+        kernel.stage2.lock().unwrap().iter().collect::<Vec<_>>(),
+        [Range { start: GPA, end: GPA + half }]
+    );
+    assert_eq!(job.remaining().iter().collect::<Vec<_>>(), [Range { start: GPA + half, end: GUEST.end }]);
+}
+
+#[test]
+fn what_has_worked_and_works_no_more_is_an_error() {
+    let mut kernel = fake();
+    let bad = GPA + 4 * HUGE;
+    kernel.script = Some(Box::new(move |_, range| (range.start >= bad).then_some(Err(Errno(libc::EINVAL)))));
+    let (kernel, vm) = vm_of(kernel);
+    let job = Job::new(&vm, &[], WRITE).unwrap();
+    visit(&kernel, &job, Some(5));
+    let error = job.verdict().unwrap_err();
+    assert_eq!((error.errno, error.reason, error.slot), (libc::EINVAL, Reason::KernelRefused, Some(1)));
+    assert_eq!(error.range.unwrap().start, bad);
+}
+
+#[test]
+fn nothing_is_handed_out_once_a_job_is_over() {
+    let (kernel, vm) = vm_of(fake());
+    let job = Job::new(&vm, &[], WRITE).unwrap();
+    // Cancelled in the middle of a chunk, after its host stage.
+    let worker = Worker::visitor(&*kernel, Some(5), &[]).unwrap();
+    job.cancel();
+    assert_eq!(job.run(worker, &mut |_| {}), Leave::Ended);
+    assert_eq!(kernel.host.lock().unwrap().size() + kernel.stage2.lock().unwrap().size(), 0);
+    job.wait(Some(Duration::ZERO)).unwrap();
+}
+
+#[test]
+fn a_discard_inside_a_huge_page_loses_all_of_it_in_stage_2() {
+    let (kernel, vm) = vm_of(fake());
+    visit(&kernel, &Job::new(&vm, &[], WRITE).unwrap(), Some(5));
+    vm.discarded(Range { start: GPA + HUGE + 0x5000, end: GPA + HUGE + 0x6000 });
+    let (_, covered) = vm.coverage(GUEST);
+    assert_eq!((covered.host, covered.stage2_read, covered.lost), (SIZE - 0x1000, SIZE - HUGE, HUGE));
+}
+
+#[test]
+fn patience_is_a_matter_of_time_and_names_its_cause() {
+    let (kernel, vm) = vm_of(fake());
+    vm.note(&slot(7, 1 << 36, 0x1000)).unwrap();
+    vm.changing(7);
+    let job = Job::new(&vm, &[GUEST], WRITE).unwrap();
+    let began = std::time::Instant::now();
+    visit(&kernel, &job, Some(5));
+    assert!(began.elapsed() >= Duration::from_secs(2));
+    let error = job.verdict().unwrap_err();
+    assert_eq!(error.reason, Reason::RetriesExhausted);
+    assert!(error.message.contains("announced and has not been noted"), "{}", error.message);
+}

@@ -2,12 +2,11 @@
 
 use super::error::kvmprep_error;
 use crate::error::{Error, Reason, Result};
+use crate::panics::{catch, panicked};
 use crate::range::{Range, is_page_aligned};
-use std::cell::Cell;
 use std::ffi::{c_int, c_void};
 use std::os::fd::RawFd;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Once;
+use std::panic::AssertUnwindSafe;
 
 /// More than any struct of the interface will ever have; a size beyond it is an uninitialised field.
 const LARGEST_STRUCT: usize = 4096;
@@ -30,34 +29,6 @@ pub unsafe fn boundary(err: *mut kvmprep_error, body: impl FnOnce() -> Result<c_
         unsafe { err.write(report) };
     }
     code
-}
-
-thread_local! {
-    /// How deep this thread is inside the library: a panic there is ours to catch, and is not printed.
-    static INSIDE: Cell<u32> = const { Cell::new(0) };
-}
-
-/// Runs `body`; `None` when it panicked. Prints nothing.
-pub fn catch<T>(body: AssertUnwindSafe<impl FnOnce() -> T>) -> Option<T> {
-    static SILENCE: Once = Once::new();
-    SILENCE.call_once(|| {
-        let before = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |info| {
-            if INSIDE.get() == 0 {
-                before(info);
-            }
-        }));
-    });
-    INSIDE.set(INSIDE.get() + 1);
-    let result = catch_unwind(body).ok();
-    INSIDE.set(INSIDE.get() - 1);
-    result
-}
-
-/// The error that a panic becomes.
-pub fn panicked() -> Error {
-    Error::new(libc::ENOTRECOVERABLE, Reason::Panicked, "the library has found an error of its own")
-        .hint("free the handle and do without; please report this with what led to it")
 }
 
 /// A struct that C passes in and that may grow: it begins with its size in bytes, a `uint32_t`.

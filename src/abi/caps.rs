@@ -105,8 +105,9 @@ impl Patience for OneCall<'_> {
 
     fn pause(&self, length: Duration) -> Pause {
         let word = AtomicU32::new(0);
-        // A signal ends the pause; the next try reports it if it is still pending.
-        let _ = self.0.wait(&word, 0, length);
+        if self.0.wait(&word, 0, length).is_err() {
+            return Pause::Signal;
+        }
         Pause::Over
     }
 }

@@ -1,7 +1,7 @@
 //! The C face, one file for each section of the header.
 //!
 //! Arguments are checked and panics caught in one place, [`boundary`]; then the call goes inward. There is no
-//! logic here, and no other module knows that this one exists, [`boundary`]'s panic trap apart.
+//! logic here, and no other module knows that this one exists.
 //!
 //! What these files' comments say is what C programmers read: cbindgen carries them into `include/kvmprep.h`.
 

@@ -66,9 +66,9 @@ impl Caps {
 }
 
 /// Whether a pre-fault hangs on this kernel when a slot's deletion has made the vCPU's page-table root obsolete:
-/// Linux 6.11 to 6.14.
+/// all before Linux 6.15. Older ones than 6.11 have a pre-fault where a distribution brought it there.
 pub fn roots_go_stale(release: [u32; 3]) -> bool {
-    (6, 11) <= (release[0], release[1]) && (release[0], release[1]) < (6, 15)
+    (release[0], release[1]) < (6, 15)
 }
 
 /// The running kernel's release.

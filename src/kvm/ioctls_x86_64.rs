@@ -2,7 +2,7 @@
 //!
 //! A wrong descriptor is the kernel's to refuse (EBADF, ENOTTY); no structure passed here points at memory.
 
-use super::linux::{ioctl, ioctl_value};
+use super::linux::{ioctl, ioctl_value, last_errno};
 use super::uapi::KVM_PRE_FAULT_MEMORY;
 use super::{Errno, ExitRequest, MEM_GUEST_MEMFD, Region, Sys};
 use crate::range::Range;
@@ -76,18 +76,22 @@ struct OneMsr {
 pub fn renew_root(vcpu: RawFd) {
     let entry = kvm::kvm_msr_entry { index: MSR_EFER, ..Default::default() };
     let mut msr = OneMsr { header: kvm::kvm_msrs { nmsrs: 1, ..Default::default() }, entry };
-    // These ioctls answer with the number of registers they came to, and the size in their number is the header's
-    // alone; `OneMsr` has the one entry behind it that the header tells of.
-    if ioctl(vcpu, KVM_GET_MSRS, &mut msr).is_err() {
+    if !msr_ioctl(vcpu, KVM_GET_MSRS, &mut msr) {
         return;
     }
     let efer = msr.entry.data;
-    for value in [efer ^ EFER_NX, efer] {
-        msr.entry.data = value;
-        if ioctl(vcpu, KVM_SET_MSRS, &mut msr).is_err() {
-            return;
-        }
+    msr.entry.data = efer ^ EFER_NX;
+    if msr_ioctl(vcpu, KVM_SET_MSRS, &mut msr) {
+        msr.entry.data = efer;
+        // The value that was there a moment ago is not refused; what fails is a wait for the vCPU, by a signal.
+        while !msr_ioctl(vcpu, KVM_SET_MSRS, &mut msr) && last_errno() == Errno(libc::EINTR) {}
     }
+}
+
+/// Reads or writes the one register; whether KVM came to it.
+fn msr_ioctl(vcpu: RawFd, request: c_ulong, msr: &mut OneMsr) -> bool {
+    // SAFETY: KVM touches the header and as many entries as it tells of, which is the one that `OneMsr` has.
+    unsafe { libc::ioctl(vcpu, request, std::ptr::from_mut(msr)) == 1 }
 }
 
 /// Whether the vCPU is in system management mode, where it uses page tables of its own.
@@ -148,7 +152,7 @@ pub fn exit_request(vcpu: RawFd) -> Sys<Box<dyn ExitRequest>> {
         )
     };
     if page == libc::MAP_FAILED {
-        return Err(super::linux::last_errno());
+        return Err(last_errno());
     }
     Ok(Box::new(RunPage(page as *const AtomicU8)))
 }

@@ -13,6 +13,8 @@ pub struct SlotRecord {
     by_id: BTreeMap<SlotId, Entry>,
     /// (address space, first byte) to slot: no two slots of an address space overlap.
     by_place: BTreeMap<(u32, u64), SlotId>,
+    /// How many slots are changing.
+    changing: usize,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -35,12 +37,14 @@ impl SlotRecord {
 
     /// Whether a change of any slot has been announced and not yet noted.
     pub fn is_any_changing(&self) -> bool {
-        self.by_id.values().any(|entry| entry.changing)
+        self.changing > 0
     }
 
     /// Marks a known slot as about to change, or not any more.
     pub fn set_changing(&mut self, id: SlotId, changing: bool) {
         if let Some(entry) = self.by_id.get_mut(&id) {
+            self.changing -= usize::from(entry.changing);
+            self.changing += usize::from(changing);
             entry.changing = changing;
         }
     }
@@ -88,6 +92,7 @@ impl SlotRecord {
     pub fn replace(&mut self, slot: &Memslot) -> Option<Memslot> {
         let old = self.by_id.remove(&slot.id());
         if let Some(old) = &old {
+            self.changing -= usize::from(old.changing);
             self.by_place.remove(&(address_space(slot.id()), old.range.start));
         }
         if let Some(range) = slot.range() {

@@ -4,7 +4,7 @@
 //! bookkeeping in user space sees. It covers address space 0.
 
 use crate::kvm::Access;
-use crate::range::{Range, RangeSet};
+use crate::range::{HUGE, Range, RangeSet};
 
 /// The two page tables between a guest and its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,8 +95,16 @@ impl Coverage {
         }
     }
 
+    /// `range` has been discarded. Stage 2 loses the whole of a huge page that a part of was discarded.
+    pub fn discarded(&mut self, range: Range) {
+        let start = range.start - range.start % HUGE;
+        let end = range.end.checked_next_multiple_of(HUGE).unwrap_or(range.end);
+        self.lost_stage2(Range { start, end }, Loss::Discarded);
+        self.lost(range, Loss::Discarded);
+    }
+
     /// `range` has been lost from both tables.
-    pub fn lost(&mut self, range: Range, why: Loss) {
+    fn lost(&mut self, range: Range, why: Loss) {
         self.lost_stage2(range, why);
         self.host.read.remove(range);
         self.host.write.remove(range);

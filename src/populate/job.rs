@@ -5,12 +5,12 @@
 
 use super::coverage::Table;
 use super::plan::{HostMethod, Intent, Plan, Segment, Wish};
-use super::queue::{Claim, Queue, Skill, Task};
-use super::stage2::{self, Outcome, Patience, Pause};
-use super::{host, supply};
+use super::queue::Queue;
+use super::report::{Counters, pages_by_level};
+use super::supply;
 use crate::error::{Error, Reason, Result, Stage};
-use crate::kvm::{Access, ExitRequest, Kernel, MappedObject, block_asynchronous_signals};
-use crate::memslot::Backing;
+use crate::kvm::{Kernel, MappedObject, block_asynchronous_signals};
+use crate::panics::{catch, panicked};
 use crate::range::{Range, RangeSet};
 use crate::vm::Vm;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -19,10 +19,13 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+pub use super::report::{BackingReport, Progress, Report, Stage2State};
+pub use super::worker::{Leave, VCPU_REFUSED_HINT, Worker, vcpu_refused_message, watch_vcpu};
+
 /// Stack of a library thread, in bytes: several times what its deepest call uses.
 const STACK: usize = 256 << 10;
 /// The shortest time between two signs of progress.
-const PROGRESS_PERIOD: Duration = Duration::from_millis(50);
+pub(super) const PROGRESS_PERIOD: Duration = Duration::from_millis(50);
 
 /// What is asked of a job.
 #[derive(Clone, Copy, Debug)]
@@ -45,207 +48,63 @@ pub struct Options {
     pub timeout: Option<Duration>,
 }
 
-/// What became of stage 2.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-pub enum Stage2State {
-    /// It was done, for all that was not left out.
-    Done = 0,
-    /// It was not wanted.
-    NotWanted = 1,
-    /// There was no vCPU to do it with.
-    NoVcpu = 2,
-    /// This kernel, or this VM, has no such thing.
-    Unavailable = 3,
-    /// Every vCPU refused.
-    VcpusRefused = 4,
-    /// It was stopped before its end.
-    Unfinished = 5,
-}
-
 /// How a job ended.
 #[derive(Clone, Debug)]
-enum End {
+pub(super) enum End {
     /// All that can be done is done.
     Complete,
     /// No thread is left that could do the rest.
     OutOfVcpus,
+    /// The caller said so.
     Cancelled,
+    /// Its time was up.
     TimedOut,
+    /// Something could not be done.
     Failed(Box<Error>),
 }
 
-/// Why a thread came out of the work.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Leave {
-    /// There is nothing left for it to do.
-    NoWork,
-    /// A signal came, or its owner asked for the vCPU.
-    Interrupted,
-    /// Its vCPU cannot pre-fault now; what it can do is done.
-    VcpuRefused,
-    /// The job is over.
-    Ended,
-}
-
-/// What has been done, in bytes, nanoseconds and counts.
-#[derive(Debug, Default)]
-struct Counters {
-    host: AtomicU64,
-    stage2: AtomicU64,
-    /// Not in memory, so not mapped (RESIDENT).
-    absent: AtomicU64,
-    /// Mapped, but the first write will fault.
-    first_writes: AtomicU64,
-    host_ns: AtomicU64,
-    stage2_ns: AtomicU64,
-    retries: AtomicU64,
-    interruptions: AtomicU64,
-}
-
-/// What was done with one kind of backing.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct BackingReport {
-    /// Bytes of it in the plan.
-    pub bytes: u64,
-    /// How its host stage was done.
-    pub host: u32,
-    /// Whether it was prepared for writing.
-    pub writable: bool,
-}
-
-/// What was done.
-#[derive(Clone, Debug)]
-pub struct Report {
-    /// Bytes in the plan, left-out ones included.
-    pub asked: u64,
-    /// Bytes found covered and skipped.
-    pub skipped: u64,
-    /// Bytes through the host stage.
-    pub host: u64,
-    /// Bytes mapped in stage 2.
-    pub stage2: u64,
-    /// Bytes not in memory (RESIDENT).
-    pub absent: u64,
-    /// Bytes whose first write will still fault.
-    pub first_writes: u64,
-    /// Bytes of dirty-logged slots, kept out of stage 2.
-    pub dirty_logged: u64,
-    /// Bytes whose stage-2 mapping may have been lost while the job ran.
-    pub lost: u64,
-    /// What is not done.
-    pub remaining: RangeSet,
-    /// What became of stage 2.
-    pub stage2_state: Stage2State,
-    /// Time in each stage, summed over threads, and by the clock.
-    pub host_ns: u64,
-    #[allow(missing_docs, reason = "see host_ns")]
-    pub stage2_ns: u64,
-    #[allow(missing_docs, reason = "see host_ns")]
+/// A job's end.
+#[derive(Debug)]
+pub(super) struct Ended {
+    pub how: End,
+    /// Nanoseconds from its making.
     pub wall_ns: u64,
-    /// Tries repeated.
-    pub retries: u64,
-    /// Interruptions by signals.
-    pub interruptions: u64,
-    /// Change of the VM's mappings by level, 4K, 2M, 1G; `None` where the kernel does not tell.
-    pub pages: Option<[i64; 3]>,
-    /// By backing, in the order of [`Backing::ALL`].
-    pub backings: [BackingReport; Backing::ALL.len()],
-    /// Whether huge-page advice was refused somewhere.
-    pub advice_refused: bool,
-}
-
-/// How far a job is.
-#[derive(Clone, Copy, Debug)]
-pub struct Progress {
-    /// Bytes to be done in each stage.
-    pub host_total: u64,
-    #[allow(missing_docs, reason = "see host_total")]
-    pub stage2_total: u64,
-    /// Bytes done in each stage.
-    pub host: u64,
-    #[allow(missing_docs, reason = "see host")]
-    pub stage2: u64,
-    /// Since the job was made.
-    pub elapsed: Duration,
-    /// Whether it is over.
-    pub ended: bool,
 }
 
 /// Threads of the library's own.
 #[derive(Default)]
 struct Library {
     threads: Vec<JoinHandle<()>>,
+    /// Those with a vCPU that are at work, and whether there ever was one.
     vcpus: usize,
+    had_vcpus: bool,
 }
 
 /// One population.
 pub struct Job {
-    vm: Arc<Vm>,
-    kernel: Arc<dyn Kernel>,
-    options: Options,
-    plan: Plan,
-    queue: Arc<Queue>,
-    counters: Counters,
-    host_total: u64,
-    stage2_total: u64,
-    skipped: u64,
-    advice_refused: bool,
-    pages_before: Option<[u64; 3]>,
-    zaps_before: u64,
-    started: Instant,
-    wall_ns: AtomicU64,
-    end: OnceLock<End>,
+    pub(super) vm: Arc<Vm>,
+    pub(super) kernel: Arc<dyn Kernel>,
+    pub(super) options: Options,
+    pub(super) plan: Plan,
+    pub(super) queue: Arc<Queue>,
+    pub(super) counters: Counters,
+    pub(super) host_total: u64,
+    pub(super) stage2_total: u64,
+    pub(super) skipped: u64,
+    pub(super) advice_refused: bool,
+    pub(super) pages_before: Option<[u64; 3]>,
+    pub(super) zaps_before: u64,
+    pub(super) started: Instant,
+    pub(super) end: OnceLock<Ended>,
     /// Found missing while working, although the capability was claimed.
-    unavailable: AtomicBool,
-    refused: AtomicU32,
-    had_vcpu: AtomicBool,
-    visitors: AtomicUsize,
+    pub(super) unavailable: AtomicBool,
+    pub(super) refused: AtomicU32,
+    pub(super) had_vcpu: AtomicBool,
+    pub(super) visitors: AtomicUsize,
     library: Mutex<Library>,
-    event: OwnedFd,
-    told: AtomicBool,
-    last_told_ns: AtomicU64,
-}
-
-/// A thread at work.
-pub struct Worker<'a> {
-    vcpu: Option<RawFd>,
-    own: &'a [Range],
-    exit_request: Option<Box<dyn ExitRequest>>,
-    is_library: bool,
-    /// Whether its vCPU has been looked at.
-    is_checked: bool,
-    refused: bool,
-}
-
-impl<'a> Worker<'a> {
-    /// The caller's thread, with the vCPU that it owns, if any. `own` is memory that it should take first.
-    pub fn visitor(kernel: &dyn Kernel, vcpu: Option<RawFd>, own: &'a [Range]) -> Result<Self> {
-        let exit_request = vcpu.map(|fd| watch_vcpu(kernel, fd)).transpose()?;
-        Ok(Self { vcpu, own, exit_request, is_library: false, is_checked: false, refused: false })
-    }
-
-    fn library(vcpu: Option<RawFd>) -> Worker<'static> {
-        Worker { vcpu, own: &[], exit_request: None, is_library: true, is_checked: false, refused: false }
-    }
-
-    fn is_wanted_elsewhere(&self) -> bool {
-        self.exit_request.as_ref().is_some_and(|request| request.is_set())
-    }
-}
-
-/// Watches a vCPU's wish to leave; refuses what is no vCPU. Asks by mapping it, which waits for nobody.
-pub fn watch_vcpu(kernel: &dyn Kernel, fd: RawFd) -> Result<Box<dyn ExitRequest>> {
-    let not_a_vcpu = || {
-        Error::new(libc::EBADF, Reason::BadFd, format!("descriptor {fd} is not a vCPU"))
-            .hint("pass what KVM_CREATE_VCPU returned, or -1 for the host stage only")
-    };
-    let watch = kernel.exit_request(fd).map_err(|errno| match errno.0 {
-        libc::ENOMEM => Error::kernel(errno, "mapping kvm_run"),
-        _ => not_a_vcpu(),
-    })?;
-    // Other things can be mapped too, and reading there may be fatal: a file may be empty.
-    if stage2::is_vcpu(kernel, fd) { Ok(watch) } else { Err(not_a_vcpu()) }
+    pub(super) event: OwnedFd,
+    pub(super) told: AtomicBool,
+    pub(super) last_told_ns: AtomicU64,
 }
 
 impl Job {
@@ -299,7 +158,6 @@ impl Job {
             skipped,
             advice_refused,
             started: Instant::now(),
-            wall_ns: AtomicU64::new(0),
             end: OnceLock::new(),
             unavailable: AtomicBool::new(!has_stage2),
             refused: AtomicU32::new(0),
@@ -329,21 +187,11 @@ impl Job {
         &*self.kernel
     }
 
-    /// Works on the calling thread until there is nothing left for it, calling `between` before each chunk.
-    pub fn run(&self, mut worker: Worker<'_>, between: &mut dyn FnMut(&Job)) -> Leave {
-        self.visitors.fetch_add(1, SeqCst);
-        let leave = self.work(&mut worker, between);
-        self.visitors.fetch_sub(1, SeqCst);
-        if leave == Leave::Interrupted {
-            self.counters.interruptions.fetch_add(1, Relaxed);
-        }
-        leave
-    }
-
     /// Starts library threads: one for each vCPU, and `hosts` for the host stage only.
     pub fn spawn(self: &Arc<Self>, vcpus: &[RawFd], hosts: u32) -> Result<()> {
         let mut library = self.library();
         library.vcpus += vcpus.len();
+        library.had_vcpus |= !vcpus.is_empty();
         let workers = vcpus.iter().map(|fd| Some(*fd)).chain((0..hosts).map(|_| None));
         let _signals = block_asynchronous_signals();
         for vcpu in workers {
@@ -372,197 +220,30 @@ impl Job {
 
     fn library_thread(&self, vcpu: Option<RawFd>) {
         let work = std::panic::AssertUnwindSafe(|| self.work(&mut Worker::library(vcpu), &mut |_| {}));
-        let leave = crate::abi::boundary::catch(work);
-        if leave.is_none() {
-            self.end_with(End::Failed(Box::new(crate::abi::boundary::panicked())));
+        if catch(work).is_none() {
+            self.end_with(End::Failed(Box::new(panicked())));
         }
         if vcpu.is_some() {
-            let mut library = self.library();
-            library.vcpus -= 1;
-            let is_last = library.vcpus == 0;
-            drop(library);
-            if leave == Some(Leave::VcpuRefused) && is_last && self.visitors.load(SeqCst) == 0 {
-                self.end_with(End::OutOfVcpus);
-            }
+            self.library().vcpus -= 1;
+            self.end_if_deserted();
         }
         self.queue.changed();
     }
 
-    fn work(&self, worker: &mut Worker<'_>, between: &mut dyn FnMut(&Job)) -> Leave {
-        self.had_vcpu.fetch_or(worker.vcpu.is_some(), Relaxed);
-        loop {
-            between(self);
-            if self.has_ended() {
-                return Leave::Ended;
-            }
-            if worker.is_wanted_elsewhere() {
-                return Leave::Interrupted;
-            }
-            let knows_stage2 = worker.vcpu.is_some() && !worker.refused && !self.unavailable.load(Relaxed);
-            let skill = if knows_stage2 { Skill::Both } else { Skill::Host };
-            let leave = match self.queue.claim(skill, worker.own, |waiting| self.cut(waiting)) {
-                Claim::Task(task) => self.do_task(worker, skill, task),
-                Claim::Later(now) => {
-                    let slept = self.queue.sleep(now, PROGRESS_PERIOD);
-                    (slept.is_err() && !worker.is_library).then_some(Leave::Interrupted)
-                }
-                Claim::Nothing => {
-                    self.end_if_done();
-                    Some(if worker.refused { Leave::VcpuRefused } else { Leave::NoWork })
-                }
-            };
-            if let Some(leave) = leave {
-                return leave;
-            }
-        }
-    }
-
-    fn cut(&self, waiting: Range) -> Range {
-        self.plan.segment_at(waiting.start).map_or(waiting, |segment| segment.chunk(waiting))
-    }
-
-    /// Does one chunk. A reason to leave is returned; every byte has gone back to where it belongs.
-    fn do_task(&self, worker: &mut Worker<'_>, skill: Skill, task: Task<'_>) -> Option<Leave> {
-        let range = task.range;
-        let Some(segment) = self.plan.segment_at(range.start) else {
-            task.finish(None, None);
-            return None;
+    /// Ends the job when the vCPUs that were given to it are gone and nobody else is there. Without library
+    /// vCPUs it waits for the caller's.
+    pub(super) fn end_if_deserted(&self) {
+        let is_deserted = {
+            let library = self.library();
+            library.had_vcpus && library.vcpus == 0 && !self.has_visitors()
         };
-        let mut began = Instant::now();
-        if task.needs_host {
-            if let Err(error) = host::populate(&*self.kernel, segment, range) {
-                task.finish(Some(range), None);
-                return self.after_host_error(worker, error);
-            }
-            self.vm.memory().coverage.gained(Table::Host, segment.access, range);
-            self.counters.host.fetch_add(range.size(), Relaxed);
-            began = lap(&self.counters.host_ns, began);
-        }
-        self.tell(began);
-        if !segment.stage2 {
-            task.finish(None, None);
-            return None;
-        }
-        let Some(vcpu) = worker.vcpu.filter(|_| skill == Skill::Both) else {
-            task.finish(None, Some(range));
-            return None;
-        };
-        // KVM would not refuse: it would fill the page tables of that mode, which no other uses.
-        if !std::mem::replace(&mut worker.is_checked, true) && self.kernel.is_in_smm(vcpu) {
-            task.finish(None, Some(range));
-            return self.after_stage2(worker, Outcome::VcpuRefused(range));
-        }
-        let zaps = self.vm.memory().coverage.zaps();
-        let patience = InJob { job: self, yields: !worker.is_library, range };
-        let (outcome, absent) = if segment.resident_only {
-            self.map_resident(vcpu, segment, range, &patience)
-        } else {
-            (stage2::pre_fault(&*self.kernel, vcpu, range, &patience), 0)
-        };
-        lap(&self.counters.stage2_ns, began);
-        let rest = rest_of(&outcome);
-        if let Some(done) = Range::between(range.start, rest.map_or(range.end, |r| r.start)) {
-            self.count_stage2(segment, done, absent, zaps);
-        }
-        let leave = self.after_stage2(worker, outcome);
-        task.finish(None, rest);
-        leave
-    }
-
-    fn after_host_error(&self, worker: &Worker<'_>, error: Error) -> Option<Leave> {
-        match error.reason {
-            Reason::Interrupted if worker.is_library => None,
-            Reason::Interrupted => Some(Leave::Interrupted),
-            _ => {
-                self.end_with(End::Failed(Box::new(error)));
-                Some(Leave::Ended)
-            }
-        }
-    }
-
-    fn after_stage2(&self, worker: &mut Worker<'_>, outcome: Outcome) -> Option<Leave> {
-        match outcome {
-            Outcome::Done | Outcome::Stopped(_) => None,
-            Outcome::Interrupted(_) => Some(Leave::Interrupted),
-            Outcome::VcpuRefused(_) => {
-                worker.refused = true;
-                self.refused.fetch_add(1, Relaxed);
-                None
-            }
-            Outcome::Unavailable(_) if self.options.require_stage2 => {
-                self.end_with(End::Failed(Box::new(no_stage2())));
-                Some(Leave::Ended)
-            }
-            Outcome::Unavailable(_) => {
-                self.unavailable.store(true, SeqCst);
-                None
-            }
-            Outcome::Failed(rest, error) => {
-                let slot = self.plan.segment_at(rest.start).map(|s| s.slot);
-                self.end_with(End::Failed(Box::new(Error { slot, ..error })));
-                Some(Leave::Ended)
-            }
-        }
-    }
-
-    /// Maps what of `range` is in memory, run by run; says how many bytes, up to where it came, are not.
-    fn map_resident(
-        &self,
-        vcpu: RawFd,
-        segment: &Segment,
-        range: Range,
-        patience: &InJob<'_>,
-    ) -> (Outcome, u64) {
-        let Some(base) = segment.hva_of(range.start) else { return (Outcome::Done, 0) };
-        let to_gpa = |hva: u64| range.start + (hva - base);
-        let end = base + range.size();
-        let mut at = base;
-        let mut absent = 0;
-        let outcome = loop {
-            let run = match self.kernel.resident(at, end) {
-                Ok(Some((first, last))) => first..last,
-                Ok(None) => {
-                    absent += end - at;
-                    break Outcome::Done;
-                }
-                Err(errno) => {
-                    let rest = Range { start: to_gpa(at), end: range.end };
-                    let error = Error::kernel(errno, "asking which pages are in memory (/proc/self/pagemap)");
-                    break Outcome::Failed(rest, error.stage(Stage::Host).range(rest));
-                }
-            };
-            absent += run.start - at;
-            let part = Range { start: to_gpa(run.start), end: to_gpa(run.end) };
-            let outcome = stage2::pre_fault(&*self.kernel, vcpu, part, patience);
-            if let Some(rest) = rest_of(&outcome) {
-                break widen(outcome, Range { start: rest.start, end: range.end });
-            }
-            at = run.end;
-            if at == end {
-                break Outcome::Done;
-            }
-        };
-        (outcome, absent)
-    }
-
-    /// Counts `done`, of which `absent` bytes are not in memory.
-    fn count_stage2(&self, segment: &Segment, done: Range, absent: u64, zaps: u64) {
-        let mapped = done.size() - absent;
-        self.counters.absent.fetch_add(absent, Relaxed);
-        self.counters.stage2.fetch_add(mapped, Relaxed);
-        // Of resident memory the kernel maps for writing what the host has writable, page by page.
-        if segment.access == Access::Read && !segment.resident_only && first_write_faults(segment.backing) {
-            self.counters.first_writes.fetch_add(mapped, Relaxed);
-        }
-        let mut memory = self.vm.memory();
-        // A slot change may have dropped what was being mapped: claim nothing.
-        if memory.coverage.zaps() == zaps && !segment.resident_only {
-            memory.coverage.gained(Table::Stage2, segment.access, done);
+        if is_deserted {
+            self.give_up();
         }
     }
 
     /// Says over the event, not too often, that there is progress.
-    fn tell(&self, now: Instant) {
+    pub(super) fn tell(&self, now: Instant) {
         let now = now.duration_since(self.started).as_nanos() as u64;
         if now.saturating_sub(self.last_told_ns.load(Relaxed)) < PROGRESS_PERIOD.as_nanos() as u64 {
             return;
@@ -584,20 +265,20 @@ impl Job {
         self.end.get().is_some()
     }
 
-    fn end_if_done(&self) {
+    pub(super) fn end_if_done(&self) {
         if self.queue.is_done(self.unavailable.load(SeqCst)) {
             self.end_with(End::Complete);
         }
     }
 
-    fn end_with(&self, end: End) {
-        if self.end.set(end).is_err() {
+    pub(super) fn end_with(&self, end: End) {
+        let wall_ns = self.started.elapsed().as_nanos() as u64;
+        if self.end.set(Ended { how: end, wall_ns }).is_err() {
             return;
         }
-        self.wall_ns.store(self.started.elapsed().as_nanos() as u64, SeqCst);
+        self.queue.close();
         // Semaphore-like: so many reads that it stays readable for good.
         let _ = self.kernel.event_add(&self.event, u64::MAX / 2);
-        self.queue.changed();
     }
 
     /// Stops the job.
@@ -658,27 +339,6 @@ impl Job {
         self.event.as_raw_fd()
     }
 
-    /// How far it is. Quiets the event until there is more.
-    pub fn progress(&self) -> Progress {
-        let ended = self.has_ended();
-        if !ended && self.told.load(SeqCst) {
-            let _ = self.kernel.event_take(&self.event);
-            self.told.store(false, SeqCst);
-        }
-        Progress {
-            host_total: self.host_total,
-            stage2_total: self.stage2_total,
-            host: self.counters.host.load(Relaxed),
-            stage2: self.counters.stage2.load(Relaxed) + self.counters.absent.load(Relaxed),
-            elapsed: if ended {
-                Duration::from_nanos(self.wall_ns.load(SeqCst))
-            } else {
-                self.started.elapsed()
-            },
-            ended,
-        }
-    }
-
     /// What is not done.
     pub fn remaining(&self) -> RangeSet {
         let mut all = self.queue.remaining();
@@ -692,7 +352,7 @@ impl Job {
             Err(Error::new(errno, reason, message)
                 .hint("what is not done is in the result: populate it again"))
         };
-        match self.end.get() {
+        match self.end.get().map(|end| &end.how) {
             None => Err(Error::new(libc::EBUSY, Reason::NotFinished, "the job is still at work")),
             Some(End::Complete) => Ok(()),
             Some(End::OutOfVcpus) if !self.options.require_stage2 => Ok(()),
@@ -716,139 +376,6 @@ impl Job {
             .stage(Stage::Stage2)
             .hint("pass vCPU descriptors, or do not require stage 2")
     }
-
-    /// What was done.
-    pub fn report(&self) -> Report {
-        let load = |counter: &AtomicU64| counter.load(Relaxed);
-        let c = &self.counters;
-        let pages_now = pages_by_level(&*self.kernel, self.vm.fd());
-        let pages = pages_now
-            .zip(self.pages_before)
-            .map(|(now, before)| std::array::from_fn(|i| now[i].wrapping_sub(before[i]) as i64));
-        let zapped = self.vm.memory().coverage.zaps() != self.zaps_before;
-        Report {
-            asked: self.plan.segments.iter().map(|s| s.range.size()).sum::<u64>() + self.plan.left_out.size(),
-            skipped: self.skipped,
-            host: load(&c.host),
-            stage2: load(&c.stage2),
-            absent: load(&c.absent),
-            first_writes: load(&c.first_writes),
-            dirty_logged: self.plan.dirty_logged,
-            lost: if zapped { load(&c.stage2).saturating_sub(self.still_covered()) } else { 0 },
-            remaining: self.remaining(),
-            stage2_state: self.stage2_state(),
-            host_ns: load(&c.host_ns),
-            stage2_ns: load(&c.stage2_ns),
-            wall_ns: if self.end.get().is_some() {
-                load(&self.wall_ns)
-            } else {
-                self.started.elapsed().as_nanos() as u64
-            },
-            retries: load(&c.retries),
-            interruptions: load(&c.interruptions),
-            pages,
-            backings: self.backings(),
-            advice_refused: self.advice_refused,
-        }
-    }
-
-    fn still_covered(&self) -> u64 {
-        let memory = self.vm.memory();
-        self.plan.segments.iter().map(|s| memory.coverage.within(s.range).stage2_read).sum()
-    }
-
-    fn stage2_state(&self) -> Stage2State {
-        if self.options.host_only {
-            return Stage2State::NotWanted;
-        }
-        match self.end.get() {
-            _ if self.unavailable.load(SeqCst) => Stage2State::Unavailable,
-            Some(End::Complete) => Stage2State::Done,
-            _ if self.refused.load(Relaxed) > 0 => Stage2State::VcpusRefused,
-            _ if !self.had_vcpu.load(Relaxed) => Stage2State::NoVcpu,
-            _ => Stage2State::Unfinished,
-        }
-    }
-
-    fn backings(&self) -> [BackingReport; Backing::ALL.len()] {
-        let mut reports = [BackingReport::default(); Backing::ALL.len()];
-        for segment in &self.plan.segments {
-            let report = &mut reports[segment.backing.index()];
-            report.bytes += segment.range.size();
-            report.host = segment.host as u32;
-            report.writable = segment.access == Access::Write;
-        }
-        reports
-    }
-}
-
-/// A worker's patience: it ends with the job, or when its chunk is taken away.
-struct InJob<'a> {
-    job: &'a Job,
-    yields: bool,
-    range: Range,
-}
-
-impl Patience for InJob<'_> {
-    fn yields_to_signals(&self) -> bool {
-        self.yields
-    }
-
-    fn pause(&self, length: Duration) -> Pause {
-        self.job.counters.retries.fetch_add(1, Relaxed);
-        let now = self.job.queue.now();
-        if self.job.has_ended() || self.job.queue.is_withdrawn(self.range) {
-            return Pause::Stop;
-        }
-        // Changes of the queue end the pause early.
-        match self.job.queue.sleep(now, length) {
-            Err(_) if self.yields => Pause::Signal,
-            _ => Pause::Over,
-        }
-    }
-
-    fn may_begin(&self) -> bool {
-        self.job.vm.begin_pre_fault()
-    }
-
-    fn end(&self) {
-        self.job.vm.end_pre_fault();
-    }
-}
-
-/// Adds the time since `began` to `counter`, and returns the present moment.
-fn lap(counter: &AtomicU64, began: Instant) -> Instant {
-    let now = Instant::now();
-    counter.fetch_add(now.duration_since(began).as_nanos() as u64, Relaxed);
-    now
-}
-
-fn rest_of(outcome: &Outcome) -> Option<Range> {
-    match outcome {
-        Outcome::Done => None,
-        Outcome::Interrupted(rest)
-        | Outcome::VcpuRefused(rest)
-        | Outcome::Unavailable(rest)
-        | Outcome::Stopped(rest)
-        | Outcome::Failed(rest, _) => Some(*rest),
-    }
-}
-
-/// The same outcome with more left.
-fn widen(outcome: Outcome, rest: Range) -> Outcome {
-    match outcome {
-        Outcome::Done => Outcome::Done,
-        Outcome::Interrupted(_) => Outcome::Interrupted(rest),
-        Outcome::VcpuRefused(_) => Outcome::VcpuRefused(rest),
-        Outcome::Unavailable(_) => Outcome::Unavailable(rest),
-        Outcome::Stopped(_) => Outcome::Stopped(rest),
-        Outcome::Failed(_, error) => Outcome::Failed(rest, error),
-    }
-}
-
-/// Whether memory prepared for reading faults on its first write: copy-on-write, or a file that wants to know.
-fn first_write_faults(backing: Backing) -> bool {
-    !backing.shared || backing.object == MappedObject::File
 }
 
 fn fill_queue(vm: &Vm, kernel: &Arc<dyn Kernel>, plan: &Plan, skip_covered: bool) -> (Queue, u64) {
@@ -900,12 +427,7 @@ fn advise_huge(kernel: &dyn Kernel, plan: &Plan) -> bool {
     accepted
 }
 
-fn pages_by_level(kernel: &dyn Kernel, vm: RawFd) -> Option<[u64; 3]> {
-    let stats = kernel.stats(vm).ok()?;
-    Some([stats.get("pages_4k")?, stats.get("pages_2m")?, stats.get("pages_1g")?])
-}
-
-fn no_stage2() -> Error {
+pub(super) fn no_stage2() -> Error {
     Error::new(libc::EOPNOTSUPP, Reason::NoStage2, "this kernel cannot pre-fault this VM's stage-2 page tables")
         .stage(Stage::Stage2)
         .hint("needs Linux 6.11 with nested paging (EPT or NPT); without KVMPREP_POPULATE_REQUIRE_STAGE2 the host stage is done")
@@ -920,11 +442,3 @@ fn dirty_logged() -> Error {
     .stage(Stage::Stage2)
     .hint("populate before dirty logging is turned on, or pass KVMPREP_POPULATE_DIRTY_LOGGED for a slot with a bitmap")
 }
-
-/// What a vCPU that refuses has to say.
-pub fn vcpu_refused_message() -> &'static str {
-    "the vCPU cannot pre-fault now: it is in SMM, runs a nested guest, or its confidential VM is not finalised"
-}
-
-/// What to do about a vCPU that refuses.
-pub const VCPU_REFUSED_HINT: &str = "use another vCPU, or the same one later";

@@ -70,6 +70,8 @@ struct State {
     stage2: RangeSet,
     in_hand: Vec<InHand>,
     withdrawn: RangeSet,
+    /// Nothing is handed out any more.
+    closed: bool,
     next_ticket: u32,
 }
 
@@ -103,6 +105,9 @@ impl Queue {
     /// Takes a chunk: `cut` says how much of a waiting range is one. Memory in `own` goes first.
     pub fn claim(&self, skill: Skill, own: &[Range], cut: impl Fn(Range) -> Range) -> Claim<'_> {
         let mut state = self.state();
+        if state.closed {
+            return Claim::Nothing;
+        }
         // Memory whose host stage is done is warm in the cache, and somebody may be waiting for its end.
         let found = match skill {
             Skill::Both => next(&state.stage2, own)
@@ -150,6 +155,12 @@ impl Queue {
         self.changed();
     }
 
+    /// Hands out nothing from now on.
+    pub fn close(&self) {
+        self.state().closed = true;
+        self.changed();
+    }
+
     /// Takes memory away for good. Returns once no worker touches it.
     pub fn withdraw(&self, range: Range) {
         self.take_away(range);
@@ -163,7 +174,8 @@ impl Queue {
         }
     }
 
-    fn take_away(&self, range: Range) {
+    /// Takes memory away for good, but for what workers have in hand now.
+    pub fn take_away(&self, range: Range) {
         let mut state = self.state();
         let mut gone: Vec<Range> = state.host.within(range).chain(state.stage2.within(range)).collect();
         gone.extend(state.in_hand.iter().filter_map(|t| t.range.intersect(&range)));

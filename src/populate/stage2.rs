@@ -7,7 +7,7 @@ use crate::error::{Error, Reason, Stage};
 use crate::kvm::{Errno, Kernel};
 use crate::range::{PAGE, Range};
 use std::os::fd::RawFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How a pre-fault ended. Each but `Done` carries what is left.
 #[derive(Debug)]
@@ -62,52 +62,53 @@ const PATIENCE: Duration = Duration::from_secs(2);
 pub fn pre_fault(kernel: &dyn Kernel, vcpu: RawFd, range: Range, patience: &dyn Patience) -> Outcome {
     let mut rest = range;
     let mut pause = SHORTEST;
-    let mut waited = Duration::ZERO;
+    let mut refused_since: Option<Instant> = None;
     let mut fell_short = false;
     loop {
         // The kernel says 0 as soon as it has mapped one page, also when a signal has stopped it: whether it was
         // one, the next page tells.
         let is_question = std::mem::take(&mut fell_short) && patience.yields_to_signals();
         let asked = if is_question { Range { start: rest.start, end: rest.start + PAGE } } else { rest };
-        let answer = if patience.may_begin() {
+        let answer = patience.may_begin().then(|| {
             let answer = kernel.pre_fault(vcpu, asked);
             patience.end();
             answer
-        } else {
-            Err(Errno(libc::EAGAIN))
-        };
-        match answer {
-            Ok(None) if asked == rest => return Outcome::Done,
-            Ok(None) => return Outcome::Interrupted(Range { start: asked.end, end: rest.end }),
-            Ok(Some(left)) if left.start > rest.start => {
-                rest.start = left.start;
-                fell_short = true;
-                (pause, waited) = (SHORTEST, Duration::ZERO);
-                continue;
-            }
-            // No progress and no error: as good as "again".
-            Ok(Some(_)) => {}
-            Err(errno) => match errno.0 {
-                libc::EINTR if patience.yields_to_signals() => return Outcome::Interrupted(rest),
-                libc::EINTR | libc::EAGAIN => {}
-                libc::EOPNOTSUPP => return Outcome::VcpuRefused(rest),
-                // What an unknown ioctl answers: EINVAL from KVM on x86-64, ENOTTY from others. The arguments
-                // were checked before and cannot be what is invalid.
-                libc::ENOTTY | libc::ENOSYS | libc::EINVAL if is_vcpu(kernel, vcpu) => {
-                    return Outcome::Unavailable(rest);
+        });
+        let why = match answer {
+            None => Delay::ChangeAnnounced,
+            Some(answer) => match answer {
+                Ok(None) if asked == rest => return Outcome::Done,
+                Ok(None) => return Outcome::Interrupted(Range { start: asked.end, end: rest.end }),
+                Ok(Some(left)) if left.start > rest.start => {
+                    rest.start = left.start;
+                    fell_short = true;
+                    (pause, refused_since) = (SHORTEST, None);
+                    continue;
                 }
-                _ => return Outcome::Failed(rest, explain(errno, vcpu, rest)),
+                // No progress and no error: as good as "again".
+                Ok(Some(_)) => Delay::NoProgress,
+                Err(errno) => match errno.0 {
+                    libc::EINTR if patience.yields_to_signals() => return Outcome::Interrupted(rest),
+                    libc::EINTR => Delay::Interrupted,
+                    libc::EAGAIN => Delay::SlotChanges,
+                    libc::EOPNOTSUPP => return Outcome::VcpuRefused(rest),
+                    // What an unknown ioctl answers: EINVAL from KVM on x86-64, ENOTTY from others. The arguments
+                    // were checked before and cannot be what is invalid.
+                    libc::ENOTTY | libc::ENOSYS | libc::EINVAL if is_vcpu(kernel, vcpu) => {
+                        return Outcome::Unavailable(rest);
+                    }
+                    _ => return Outcome::Failed(rest, explain(errno, vcpu, rest)),
+                },
             },
-        }
-        if waited >= PATIENCE {
-            return Outcome::Failed(rest, gave_up(rest));
+        };
+        if refused_since.get_or_insert_with(Instant::now).elapsed() >= PATIENCE {
+            return Outcome::Failed(rest, why.gave_up(rest));
         }
         match patience.pause(pause) {
             Pause::Over => {}
             Pause::Stop => return Outcome::Stopped(rest),
             Pause::Signal => return Outcome::Interrupted(rest),
         }
-        waited += pause;
         pause = (pause * 2).min(LONGEST);
     }
 }
@@ -117,15 +118,46 @@ pub fn is_vcpu(kernel: &dyn Kernel, fd: RawFd) -> bool {
     kernel.file_name(fd).is_none_or(|name| name.contains("kvm-vcpu"))
 }
 
-fn gave_up(rest: Range) -> Error {
-    Error::new(
-        libc::EAGAIN,
-        Reason::RetriesExhausted,
-        format!("guest {rest} stayed unmappable for two seconds: a memslot is being deleted or moved"),
-    )
-    .stage(Stage::Stage2)
-    .range(rest)
-    .hint("announce slot changes with kvmprep_memslot_changing, and note them at once with kvmprep_memslot_note")
+/// Why a pre-fault is to be tried again.
+#[derive(Clone, Copy, Debug)]
+enum Delay {
+    /// The VMM has announced a slot's change, and none may begin.
+    ChangeAnnounced,
+    /// KVM sees a slot change.
+    SlotChanges,
+    /// KVM was interrupted, on a thread that no signal reaches.
+    Interrupted,
+    /// KVM did nothing, and said nothing.
+    NoProgress,
+}
+
+impl Delay {
+    /// What it means when patience has ended.
+    fn gave_up(self, rest: Range) -> Error {
+        let (cause, hint) = match self {
+            Delay::ChangeAnnounced => (
+                "a memslot's change was announced and has not been noted",
+                "note each announced change with kvmprep_memslot_note before populating",
+            ),
+            Delay::SlotChanges => (
+                "its memslot is being deleted or moved",
+                "announce slot changes with kvmprep_memslot_changing, and note them at once",
+            ),
+            Delay::Interrupted => (
+                "the kernel gives up on it again and again, as it does for memory that is broken hardware",
+                "look for a memory error in the kernel's log; discard the page",
+            ),
+            Delay::NoProgress => ("the kernel maps nothing and gives no reason", "call again"),
+        };
+        Error::new(
+            libc::EAGAIN,
+            Reason::RetriesExhausted,
+            format!("guest {rest} stayed unmappable for two seconds: {cause}"),
+        )
+        .stage(Stage::Stage2)
+        .range(rest)
+        .hint(hint)
+    }
 }
 
 fn explain(errno: Errno, vcpu: RawFd, rest: Range) -> Error {
@@ -160,5 +192,6 @@ fn explain(errno: Errno, vcpu: RawFd, rest: Range) -> Error {
         }
         _ => (Reason::KernelRefused, format!("pre-faulting guest {rest}: {errno}"), ""),
     };
-    Error::new(errno.0, reason, message).stage(Stage::Stage2).range(rest).hint(hint)
+    let code = if errno.0 == libc::ENOSPC { libc::ENOMEM } else { errno.0 };
+    Error::new(code, reason, message).stage(Stage::Stage2).range(rest).hint(hint)
 }
