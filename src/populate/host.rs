@@ -24,9 +24,11 @@ fn attempt(kernel: &dyn Kernel, segment: &Segment, range: Range) -> Sys<()> {
         HostMethod::PopulateWrite => populate(Access::Write),
         HostMethod::AllocateAndPopulate => {
             // Allocating first is only the faster way. A file that does not let itself be allocated (sealed, or
-            // opened for reading) is populated all the same.
+            // opened for reading) is populated all the same; and so is one that a signal has interrupted, since
+            // older kernels (6.1) then take back what they had allocated: where signals come often nothing would
+            // ever be done.
             match allocate(kernel, segment, range) {
-                Err(Errno(libc::EPERM | libc::EBADF | libc::EOPNOTSUPP | libc::EINVAL)) => {}
+                Err(Errno(libc::EPERM | libc::EBADF | libc::EOPNOTSUPP | libc::EINVAL | libc::EINTR)) => {}
                 other => other?,
             }
             populate(Access::Write)
