@@ -5,6 +5,7 @@ mod bed;
 mod bench;
 mod demo;
 mod lanes;
+mod msrv;
 mod programs;
 mod project;
 mod setup;

@@ -6,6 +6,7 @@
 use crate::abi;
 use crate::bed::{self, Bed, Guest, Kernel, ResolveError};
 use crate::lanes::{self, Counts, Lane, cargo_counts, case_counts};
+use crate::msrv;
 use crate::programs::{self, Programs};
 use crate::project;
 use crate::setup;
@@ -16,7 +17,7 @@ use std::time::{Duration, Instant};
 
 #[derive(clap::Args)]
 pub struct Cli {
-    /// Only these lanes: source, native, 6.1, 6.12, newest, private.
+    /// Only these lanes: source, msrv, native, 6.1, 6.12, newest, private.
     #[arg(long = "lane", value_name = "LANE")]
     lanes: Vec<String>,
     /// Only these C tests.
@@ -34,15 +35,18 @@ pub const KERNELS: [(&str, u64); 4] = [("6.1", 7), ("6.12", 7), ("newest", 8), (
 pub fn main(cli: Cli) -> Result<()> {
     let started = Instant::now();
     let wants = |name: &str| cli.lanes.is_empty() || cli.lanes.iter().any(|lane| lane == name);
+    let bed = Bed::open()?;
     let mut lanes = Vec::new();
     if wants("source") {
         lanes.push(source_lane()?);
+    }
+    if wants("msrv") {
+        lanes.push(msrv::lane(&bed)?);
     }
     let tests = Tests::build(&cli.programs)?;
     if wants("native") {
         lanes.push(native_lane(&tests)?);
     }
-    let bed = Bed::open()?;
     for (name, backings) in KERNELS.into_iter().filter(|(name, _)| wants(name)) {
         lanes.push(kernel_lane(&bed, name, backings, &tests, 1)?);
     }

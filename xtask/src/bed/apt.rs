@@ -19,6 +19,9 @@ use super::{Unavailable, progress};
 /// Every suite anything of the bed is taken from. A mirror without one of them serves the rest.
 const SUITES: [&str; 6] = ["bookworm", "bookworm-backports", "trixie", "trixie-backports", "forky", "sid"];
 
+/// The architecture of all but what is asked for by another name.
+const ARCHITECTURE: &str = "amd64";
+
 /// The private apt.
 pub struct Apt<'a> {
     dir: PathBuf,
@@ -66,6 +69,23 @@ impl<'a> Apt<'a> {
         unpack_all(work.path(), into).map(drop)
     }
 
+    /// Downloads `packages` of another `architecture` and unpacks them into `into`. Its lists are fetched for this
+    /// alone; nothing else sees them.
+    pub fn unpack_foreign(
+        &self,
+        architecture: &str,
+        suites: &[&str],
+        packages: &[String],
+        into: &Path,
+    ) -> Result<()> {
+        let complaint = self.update(suites, architecture)?.unwrap_or_default();
+        let mut command = self.bare_command("apt-get", suites, architecture)?;
+        let work = tempfile::tempdir_in(&self.dir)?;
+        let got = process::capture(command.arg("download").args(packages).current_dir(work.path()))?;
+        self.check(got, packages).with_context(|| format!("packages for {architecture} {complaint}"))?;
+        unpack_all(work.path(), into).map(drop)
+    }
+
     /// A package that cannot be had is not a failure of the bed's, and is told apart.
     fn check(&self, got: Captured, packages: &[String]) -> Result<()> {
         if got.success {
@@ -90,22 +110,22 @@ impl<'a> Apt<'a> {
     /// An apt command that sees `suites` and nothing else, after the lists have been brought up to date.
     fn command(&self, tool: &str, suites: &[&str]) -> Result<Command> {
         if self.updated.get().is_none() {
-            let complaint = self.update()?;
+            let complaint = self.update(&SUITES, ARCHITECTURE)?;
             let _ = self.updated.set(complaint);
         }
-        self.bare_command(tool, suites)
+        self.bare_command(tool, suites, ARCHITECTURE)
     }
 
     /// Fetches the lists. A suite that fails leaves the others usable, so that whether this matters is seen
     /// only when a package is missed. Unsigned or wrongly signed lists are refused by apt itself.
-    fn update(&self) -> Result<Option<String>> {
+    fn update(&self, suites: &[&str], architecture: &str) -> Result<Option<String>> {
         let _step = progress::step("fetching package lists");
         for name in ["state", "lists/partial", "cache"] {
             fs::create_dir_all(self.dir.join(name))?;
         }
         // An empty status file: nothing counts as installed, so dependencies are complete.
         fs::write(self.dir.join("status"), "")?;
-        let updated = process::capture(self.bare_command("apt-get", &SUITES)?.arg("update"))?;
+        let updated = process::capture(self.bare_command("apt-get", suites, architecture)?.arg("update"))?;
         // What could not be reached is only a warning to apt.
         let telling = |line: &&str| line.starts_with("E:") || line.starts_with("W: Failed");
         // One a suite would say the same six times.
@@ -113,11 +133,11 @@ impl<'a> Apt<'a> {
         Ok((!complaints.is_empty()).then(|| complaints.join(" ")))
     }
 
-    fn bare_command(&self, tool: &str, suites: &[&str]) -> Result<Command> {
-        let view = self.dir.join(suites.join("+"));
+    fn bare_command(&self, tool: &str, suites: &[&str], architecture: &str) -> Result<Command> {
+        let view = self.dir.join(format!("{}@{architecture}", suites.join("+")));
         let (sources, configuration) = (view.with_extension("sources"), view.with_extension("conf"));
-        fs::write(&sources, source_list(&self.mirror, suites))?;
-        fs::write(&configuration, self.configuration(&sources))?;
+        fs::write(&sources, source_list(&self.mirror, suites, architecture))?;
+        fs::write(&configuration, self.configuration(&sources, architecture))?;
         let mut command = Command::new(tool);
         // Read after the machine's own configuration, unlike APT_CONFIG, and so the last word.
         command.arg("--config-file").arg(&configuration).arg("--quiet");
@@ -125,7 +145,7 @@ impl<'a> Apt<'a> {
         Ok(command)
     }
 
-    fn configuration(&self, sources: &Path) -> String {
+    fn configuration(&self, sources: &Path, architecture: &str) -> String {
         let dir = self.dir.display();
         // The hooks of the machine's configuration are about the machine's lists, and may delete its caches.
         // Each suite set is another view of the same lists, which a package cache file would confuse. "_apt"
@@ -142,6 +162,9 @@ Dir::Cache "{dir}/cache";
 Dir::Cache::PkgCache "";
 Dir::Cache::SrcPkgCache "";
 Dir::Log "{dir}/log";
+#clear APT::Architectures;
+APT::Architecture "{architecture}";
+APT::Architectures {{ "{architecture}"; }};
 APT::Get::List-Cleanup "false";
 APT::Default-Release "";
 APT::Sandbox::User "root";
@@ -156,11 +179,11 @@ Acquire::Retries "3";
     }
 }
 
-fn source_list(mirror: &Mirror, suites: &[&str]) -> String {
+fn source_list(mirror: &Mirror, suites: &[&str], architecture: &str) -> String {
     let signed_by =
         mirror.signed_by.as_ref().map(|value| format!("Signed-By: {value}\n")).unwrap_or_default();
     format!(
-        "Types: deb\nURIs: {}\nSuites: {}\nComponents: main\nArchitectures: amd64\nTargets: Packages\n{signed_by}",
+        "Types: deb\nURIs: {}\nSuites: {}\nComponents: main\nArchitectures: {architecture}\nTargets: Packages\n{signed_by}",
         mirror.uri,
         suites.join(" "),
     )
@@ -189,9 +212,10 @@ mod tests {
     #[test]
     fn the_source_list_names_only_the_suites_asked_for() {
         let mirror = Mirror { uri: "ftp://mirror.example/debian".into(), signed_by: Some("/k.gpg".into()) };
-        let text = source_list(&mirror, &["trixie", "sid"]);
+        let text = source_list(&mirror, &["trixie", "sid"], "arm64");
         assert!(text.contains("URIs: ftp://mirror.example/debian\nSuites: trixie sid\n"), "{text}");
+        assert!(text.contains("\nArchitectures: arm64\n"), "{text}");
         assert!(text.ends_with("Signed-By: /k.gpg\n"), "{text}");
-        assert!(!source_list(&Mirror { signed_by: None, ..mirror }, &["sid"]).contains("Signed-By"));
+        assert!(!source_list(&Mirror { signed_by: None, ..mirror }, &["sid"], "amd64").contains("Signed-By"));
     }
 }

@@ -26,6 +26,7 @@ mod private;
 mod process;
 mod progress;
 mod qemu;
+mod rust;
 mod stream;
 
 use std::fmt;
@@ -38,6 +39,7 @@ pub use boot::Outcome;
 pub use cli::{Cli, main};
 pub use guest::Guest;
 pub use kernel::{Kernel, ResolvedKernel};
+pub use rust::Rust;
 
 use apt::Apt;
 use cache::Cache;
@@ -63,7 +65,7 @@ impl fmt::Display for Unavailable {
 
 impl std::error::Error for Unavailable {}
 
-/// Why a kernel is not ready to boot.
+/// Why a kernel, or whatever else was asked for, is not ready.
 #[derive(Debug)]
 pub enum ResolveError {
     /// It cannot be had here, and why: what needs it is to be skipped.
@@ -102,6 +104,11 @@ impl Bed {
     pub fn resolve(&self, kernel: &Kernel) -> Result<ResolvedKernel, ResolveError> {
         let apt = || self.apt();
         Ok(kernel::obtain(kernel, &self.cache, self.qemu()?, apt)?)
+    }
+
+    /// Makes the oldest Rust that the project claims to build with ready, likewise.
+    pub fn rust(&self) -> Result<Rust, ResolveError> {
+        Ok(Rust::obtain(&self.cache, || self.apt())?)
     }
 
     fn qemu(&self) -> Result<&Qemu> {
