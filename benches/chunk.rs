@@ -7,7 +7,9 @@
 //!
 //! usage: chunk CHUNKS
 
-use kvmprep::kvm::{Access, Errno, ExitRequest, FileKind, Kernel, MappedObject, Mapping, Region, Stats, Sys};
+use kvmprep::kvm::{
+    Access, Errno, ExitRequest, FileKind, FileSize, Kernel, MappedObject, Mapping, Region, Stats, Sys,
+};
 use kvmprep::memslot::{Memslot, Nature};
 use kvmprep::populate::job::{Job, Leave, Options, Worker};
 use kvmprep::populate::plan::Intent;
@@ -104,6 +106,10 @@ impl Kernel for Willing {
         self.count();
         Ok(())
     }
+    fn file_size(&self, _: RawFd) -> Sys<FileSize> {
+        Err(Errno(libc::ENOTTY))
+    }
+
     fn file_kind(&self, _: RawFd) -> Sys<FileKind> {
         Ok(FileKind { object: MappedObject::Shmem, page_size: 4096 })
     }

@@ -5,8 +5,8 @@
 
 use super::uapi::*;
 use super::{
-    Access, Errno, ExitRequest, FileKind, Kernel, MappedObject, Mapping, Region, Stats, Sys, caps, ioctls,
-    maps,
+    Access, Errno, ExitRequest, FileKind, FileSize, Kernel, MappedObject, Mapping, Region, Stats, Sys, caps,
+    ioctls, maps,
 };
 use crate::range::{HUGE, PAGE, Range};
 use libc::{c_int, c_ulong, c_void};
@@ -25,9 +25,9 @@ fn check(result: c_int) -> Sys<c_int> {
     if result < 0 { Err(last_errno()) } else { Ok(result) }
 }
 
-/// An ioctl that reads or writes one structure.
+/// An ioctl that reads or writes one structure, in which there is no pointer.
 pub(super) fn ioctl<T>(fd: RawFd, request: c_ulong, argument: &mut T) -> Sys<()> {
-    // SAFETY: the size encoded in each request of ours is T's; the kernel touches no more than that.
+    // SAFETY: the size encoded in each request that comes here is T's, and the kernel touches no more than that.
     check(unsafe { libc::ioctl(fd, request, std::ptr::from_mut(argument)) }).map(drop)
 }
 
@@ -71,6 +71,9 @@ pub struct Linux {
     roots_go_stale: OnceCell<bool>,
 }
 
+/// Room for a mapping's name, in bytes.
+const MAPPING_NAME: usize = 256;
+
 fn open(path: &str) -> Sys<File> {
     File::open(path).map_err(|error| Errno(error.raw_os_error().unwrap_or(libc::EIO)))
 }
@@ -83,7 +86,7 @@ fn is_unknown(errno: Errno) -> bool {
 impl Linux {
     fn mapping_by_query(&self, hva: u64) -> Sys<Option<Mapping>> {
         let file = self.maps.get_or_try_init(|| open("/proc/self/maps"))?;
-        let mut name = [0u8; 256];
+        let mut name = [0u8; MAPPING_NAME];
         let mut query = procmap_query {
             size: size_of::<procmap_query>() as u64,
             query_flags: PROCMAP_QUERY_COVERING_OR_NEXT_VMA,
@@ -92,15 +95,20 @@ impl Linux {
             vma_name_addr: name.as_mut_ptr() as u64,
             ..Default::default()
         };
-        match ioctl(file.as_raw_fd(), PROCMAP_QUERY, &mut query) {
+        let ask = |query: &mut procmap_query| {
+            // SAFETY: the kernel writes the structure, and of `name`, which lives across the call, no more than
+            // the size in it says.
+            check(unsafe { libc::ioctl(file.as_raw_fd(), PROCMAP_QUERY, std::ptr::from_mut(query)) })
+        };
+        match ask(&mut query) {
             Err(Errno(libc::ENOENT)) => return Ok(None),
             Err(Errno(libc::ENAMETOOLONG)) => {
                 // A name that long is some file's; none of the names looked for is.
                 query.vma_name_size = 0;
                 query.vma_name_addr = 0;
-                ioctl(file.as_raw_fd(), PROCMAP_QUERY, &mut query)?;
+                ask(&mut query)?;
             }
-            other => other?,
+            other => drop(other?),
         }
         let length = name.iter().position(|b| *b == 0).unwrap_or(name.len());
         let name = String::from_utf8_lossy(&name[..length]);
@@ -112,6 +120,10 @@ impl Linux {
             page_size: query.vma_page_size,
             object: maps::object(&name, query.inode, query.vma_page_size),
         }))
+    }
+
+    fn read_mappings(&self) -> Sys<Vec<Mapping>> {
+        Ok(maps::parse(&self.read_file("/proc/self/maps")?))
     }
 
     fn resident_by_scan(&self, pagemap: &File, start: u64, end: u64) -> Sys<Option<(u64, u64)>> {
@@ -239,10 +251,27 @@ impl Kernel for Linux {
         })
     }
 
+    fn file_size(&self, fd: RawFd) -> Sys<FileSize> {
+        // SAFETY: fstat fills the structure, or fails and it is not read.
+        let stat = unsafe {
+            let mut stat: libc::stat = std::mem::zeroed();
+            check(libc::fstat(fd, &mut stat))?;
+            stat
+        };
+        Ok(FileSize { length: stat.st_size as u64, allocated: stat.st_blocks as u64 * 512 })
+    }
+
     fn mapping(&self, hva: u64) -> Sys<Option<Mapping>> {
         match self.mapping_by_query(hva) {
-            Err(errno) if is_unknown(errno) => Ok(maps::find(&self.read_file("/proc/self/maps")?, hva)),
+            Err(errno) if is_unknown(errno) => Ok(maps::find(&self.read_mappings()?, hva)),
             answer => answer,
+        }
+    }
+
+    fn mappings(&self) -> Sys<Option<Vec<Mapping>>> {
+        match self.mapping_by_query(0) {
+            Err(errno) if is_unknown(errno) => self.read_mappings().map(Some),
+            _ => Ok(None),
         }
     }
 
@@ -328,5 +357,22 @@ impl Kernel for Linux {
         // SAFETY: reads eight bytes into a live u64.
         let read = unsafe { libc::read(event.as_raw_fd(), std::ptr::from_mut(&mut count) as *mut c_void, 8) };
         check(read as c_int).map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_text_of_the_mappings_says_what_each_look_says() {
+        let kernel = Linux::default();
+        let value = Box::new([0u8; 1 << 20]);
+        let hva = value.as_ptr() as u64;
+        let (looked, read) =
+            (kernel.mapping(hva).unwrap(), maps::find(&kernel.read_mappings().unwrap(), hva));
+        let place = |m: Option<Mapping>| m.map(|m| (m.start, m.end, m.writable, m.shared, m.object));
+        assert!(looked.is_some());
+        assert_eq!(place(looked), place(read));
     }
 }

@@ -1,8 +1,31 @@
-//! The text of `/proc/self/maps`, for kernels before 6.11, and what a mapping's name says of it.
+//! This process's mappings: the text of `/proc/self/maps`, for kernels before 6.11, what a mapping's name says of
+//! it, and looking up many of them.
 //!
-//! Pure text handling; who opens the file is not its business.
+//! Who opens the file is not its business.
 
-use super::{MappedObject, Mapping};
+use super::{Kernel, MappedObject, Mapping, Sys};
+
+/// Mappings for one who looks up many at one time. Where each look would read all of `/proc/self/maps`, it is read
+/// once, so this must not outlive the occasion: mappings change.
+pub struct Mappings<'a> {
+    kernel: &'a dyn Kernel,
+    all: Option<Vec<Mapping>>,
+}
+
+impl<'a> Mappings<'a> {
+    /// The mappings as they are now.
+    pub fn now(kernel: &'a dyn Kernel) -> Sys<Self> {
+        Ok(Self { kernel, all: kernel.mappings()? })
+    }
+
+    /// The mapping at `hva`, or the next above it; `None` when there is none.
+    pub fn at(&self, hva: u64) -> Sys<Option<Mapping>> {
+        match &self.all {
+            Some(all) => Ok(find(all, hva)),
+            None => self.kernel.mapping(hva),
+        }
+    }
+}
 
 /// What a mapping of this name, inode and page size is.
 pub fn object(name: &str, inode: u64, page_size: u64) -> MappedObject {
@@ -19,13 +42,18 @@ pub fn object(name: &str, inode: u64, page_size: u64) -> MappedObject {
     }
 }
 
-/// The mapping at `hva`, or the next above it, in the text of a maps file.
-pub fn find(text: &str, hva: u64) -> Option<Mapping> {
-    text.lines().filter_map(parse).find(|m| m.end > hva)
+/// The mappings in the text of a maps file, in its order, which is that of their addresses.
+pub fn parse(text: &str) -> Vec<Mapping> {
+    text.lines().filter_map(parse_line).collect()
+}
+
+/// The mapping at `hva`, or the next above it.
+pub fn find(mappings: &[Mapping], hva: u64) -> Option<Mapping> {
+    mappings.get(mappings.partition_point(|m| m.end <= hva)).copied()
 }
 
 /// One line: `start-end perms offset dev inode    name`.
-fn parse(line: &str) -> Option<Mapping> {
+fn parse_line(line: &str) -> Option<Mapping> {
     let mut fields = line.split_ascii_whitespace();
     let (start, end) = fields.next()?.split_once('-')?;
     let permissions = fields.next()?;
@@ -55,7 +83,8 @@ mod tests {
 
     #[test]
     fn finds_the_mapping_or_the_next() {
-        let at = |hva| find(TEXT, hva).unwrap();
+        let all = parse(TEXT);
+        let at = |hva| find(&all, hva).unwrap();
         assert_eq!(at(0x7f00_0000_0fff).object, MappedObject::Anonymous);
         assert!(!at(0x7f00_0000_0000).writable);
         assert_eq!(at(0x7f00_0000_1000).start, 0x7f00_0000_2000);
@@ -64,6 +93,6 @@ mod tests {
         assert_eq!(at(0x7f00_0020_0000).object, MappedObject::Hugetlb);
         assert_eq!(at(0x7f00_0040_0000).object, MappedObject::File);
         assert_eq!(at(0x7f00_0040_1000).object, MappedObject::GuestMemfd);
-        assert_eq!(find(TEXT, 0x7f00_0040_2000), None);
+        assert_eq!(find(&all, 0x7f00_0040_2000), None);
     }
 }

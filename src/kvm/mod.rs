@@ -15,10 +15,15 @@ mod ioctls;
 #[cfg(not(target_arch = "x86_64"))]
 #[path = "ioctls_none.rs"]
 mod ioctls;
+/// For its tests.
+#[cfg(all(test, target_arch = "x86_64"))]
+#[allow(dead_code, reason = "what other machines use")]
+mod ioctls_none;
 
 pub mod caps;
 
 pub use linux::{Linux, block_asynchronous_signals};
+pub use maps::Mappings;
 pub use stats::Stats;
 
 use crate::range::Range;
@@ -117,6 +122,15 @@ pub struct FileKind {
     pub page_size: u64,
 }
 
+/// How large a file is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileSize {
+    /// Bytes to its end.
+    pub length: u64,
+    /// Bytes that it has been given, holes apart.
+    pub allocated: u64,
+}
+
 /// A place in this process where a vCPU's owner can say "come out": the `immediate_exit` byte of `kvm_run`.
 pub trait ExitRequest: Send {
     /// Whether the owner has asked.
@@ -150,8 +164,15 @@ pub trait Kernel: Send + Sync {
     fn allocate(&self, fd: RawFd, offset: u64, size: u64) -> Sys<()>;
     /// What kind of file this is.
     fn file_kind(&self, fd: RawFd) -> Sys<FileKind>;
+    /// How large it is.
+    fn file_size(&self, fd: RawFd) -> Sys<FileSize>;
     /// The mapping at `hva`, or the next above it; `None` when there is none.
     fn mapping(&self, hva: u64) -> Sys<Option<Mapping>>;
+    /// All mappings of this moment, in order, where that costs no more than one of them; `None` where
+    /// [`Kernel::mapping`] is cheap.
+    fn mappings(&self) -> Sys<Option<Vec<Mapping>>> {
+        Ok(None)
+    }
     /// The first run of pages in `[start, end)` that this process's page tables hold, zero page apart.
     fn resident(&self, start: u64, end: u64) -> Sys<Option<(u64, u64)>>;
     /// How many bytes of a mapping's object are in memory, mapped here or not (`mincore`); at most 2 MiB.

@@ -3,9 +3,10 @@
 //! One chunk in, populated or an error that says whose fault it is. It never touches memory itself: the kernel
 //! is asked to, so that a shortage is an answer and not a SIGBUS.
 
+use super::page_size::PageSizes;
 use super::plan::{HostMethod, Segment};
 use crate::error::{Error, Reason, Result, Stage};
-use crate::kvm::{Access, Errno, Kernel, MappedObject, Sys};
+use crate::kvm::{Access, Errno, Kernel, Mappings, Sys, caps};
 use crate::range::{PAGE, Range};
 
 /// Populates `range`, which lies in `segment`.
@@ -46,104 +47,125 @@ fn explain(kernel: &dyn Kernel, segment: &Segment, range: Range, errno: Errno) -
     let error = |errno, reason, message: String| {
         Error::new(errno, reason, message).stage(Stage::Host).slot(segment.slot).range(range)
     };
-    let hugetlb = hugetlb_page_size(kernel, segment, range);
+    let no_mapping = |message: String| error(libc::EFAULT, Reason::NoHostMapping, message);
+    // The kernel says ENOMEM of a hole as it does of a shortage.
+    let may_be_hole = matches!(errno.0, libc::ENOMEM | libc::EFAULT);
+    if let Some(hva) = may_be_hole.then(|| hole(kernel, segment, range)).flatten() {
+        return no_mapping(format!("nothing is mapped at {hva:#x} any more, behind guest {range}"))
+            .hint("announce a slot's change before its memory is unmapped");
+    }
     match errno.0 {
         libc::EINTR => error(libc::EINTR, Reason::Interrupted, format!("interrupted at guest {range}")),
-        // An empty pool is EFAULT, ENOMEM or, for a file, ENOSPC.
-        libc::EFAULT | libc::ENOMEM | libc::ENOSPC if hugetlb.is_some() => {
-            let size = hugetlb.unwrap_or(PAGE);
-            error(
+        libc::ENOMEM | libc::ENOSPC | libc::EFAULT => match HugePages::behind(kernel, segment, range) {
+            Some(pages) if errno.0 != libc::EFAULT || pages.are_short(kernel, segment, range) => error(
                 libc::ENOMEM,
                 Reason::HugetlbShortage,
-                format!("the pool of {} has no page for guest {range}{}", page_name(size), pool_state(kernel, size)),
+                format!("the pool of {} has no page for guest {range}{}", pages.name(), pages.state()),
             )
             .hint(format!(
                 "add pages: /sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages, or the cgroup's hugetlb limit",
-                size >> 10
-            ))
-        }
-        libc::ENOMEM | libc::ENOSPC => {
-            error(libc::ENOMEM, Reason::MemoryShortage, format!("no memory for guest {range}: {errno}"))
-                .hint("free memory on the host, raise the cgroup's or the file system's limit, or make the guest smaller")
-        }
-        libc::EFAULT => error(
-            libc::EFAULT,
-            Reason::NoHostMapping,
-            format!("the memory behind guest {range} cannot be touched: it was unmapped, or its file is too short"),
-        )
-        .hint("check the mapping and the file's size; announce a change before an munmap or ftruncate"),
+                pages.size >> 10
+            )),
+            pages if errno.0 == libc::EFAULT => {
+                let other = if pages.is_some() { "its NUMA node or cgroup" } else { "its file system" };
+                no_mapping(format!(
+                    "the memory behind guest {range} cannot be touched: its file is too short, or {other} is full"
+                ))
+                .hint("check the file's size and that limit; announce a change before an ftruncate")
+            }
+            _ => error(libc::ENOMEM, Reason::MemoryShortage, format!("no memory for guest {range}: {errno}")).hint(
+                "free memory on the host, raise the cgroup's or the file system's limit, or make the guest smaller",
+            ),
+        },
         libc::EHWPOISON => error(errno.0, Reason::Poisoned, format!("a page behind guest {range} is broken hardware"))
             .hint("discard the page, or give the guest other memory"),
-        libc::EINVAL if segment.hva.is_some() => error(
-            libc::EOPNOTSUPP,
-            Reason::KernelRefused,
-            format!("the kernel cannot populate the memory behind guest {range}"),
-        )
-        .hint("needs Linux 5.14 (MADV_POPULATE_WRITE) and a mapping that allows the access"),
+        libc::EINVAL if segment.hva.is_some() => {
+            let error = error(
+                libc::EOPNOTSUPP,
+                Reason::KernelRefused,
+                format!("the kernel cannot populate the memory behind guest {range}"),
+            );
+            if knows_populate(kernel) {
+                error.hint(
+                    "a device's memory (VM_PFNMAP, VM_IO): mark its slot KVMPREP_MEMSLOT_DEVICE; a PROT_NONE page: \
+                     keep it out of slots and ranges",
+                )
+            } else {
+                error.hint("needs Linux 5.14 (MADV_POPULATE_WRITE)")
+            }
+        }
         _ => error(errno.0, Reason::KernelRefused, format!("populating the memory behind guest {range}: {errno}")),
     }
 }
 
-/// The page size, where the segment is of huge pages. Before Linux 6.11 a mapping's page size is not in what the
-/// plan asks, so here, where something has failed already or is to be known beforehand, the costlier file is read.
-pub fn hugetlb_page_size(kernel: &dyn Kernel, segment: &Segment, range: Range) -> Option<u64> {
-    if segment.page_size > PAGE {
-        return Some(segment.page_size);
-    }
-    if segment.page_size == PAGE
-        || !matches!(segment.backing.object, MappedObject::Hugetlb | MappedObject::File | MappedObject::Shmem)
-    {
-        return None;
-    }
-    let smaps = kernel.read_file("/proc/self/smaps").ok()?;
-    kernel_page_size(&smaps, segment.hva_of(range.start)?).filter(|size| *size > PAGE)
-}
-
-/// `KernelPageSize` of the mapping that holds `hva`, in the text of a smaps file.
-fn kernel_page_size(smaps: &str, hva: u64) -> Option<u64> {
-    let holds = |line: &str| {
-        let (start, rest) = line.split_once('-')?;
-        let end = rest.split(' ').next()?;
-        let bounds = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
-        Some(bounds.0 <= hva && hva < bounds.1)
-    };
-    let mut lines = smaps.lines().skip_while(|line| holds(line) != Some(true));
-    let size = lines.find_map(|line| line.strip_prefix("KernelPageSize:"))?;
-    Some(size.trim().strip_suffix(" kB")?.parse::<u64>().ok()? << 10)
-}
-
-fn page_name(size: u64) -> String {
-    if size % (1 << 30) == 0 {
-        format!("{} GiB pages", size >> 30)
-    } else {
-        format!("{} MiB pages", size >> 20)
-    }
-}
-
-fn pool_state(kernel: &dyn Kernel, size: u64) -> String {
-    let count = |name: &str| {
-        let path = format!("/sys/kernel/mm/hugepages/hugepages-{}kB/{name}", size >> 10);
-        kernel.read_file(&path).ok().and_then(|text| text.trim().parse::<u64>().ok())
-    };
-    match (count("free_hugepages"), count("resv_hugepages"), count("nr_hugepages")) {
-        (Some(free), Some(reserved), Some(all)) => {
-            format!(" ({free} of {all} pages free, {reserved} of these reserved)")
+/// The first address behind `range` at which nothing is mapped.
+fn hole(kernel: &dyn Kernel, segment: &Segment, range: Range) -> Option<u64> {
+    let mut at = segment.hva_of(range.start)?;
+    let end = at + range.size();
+    let mappings = Mappings::now(kernel).ok()?;
+    while at < end {
+        match mappings.at(at).ok()? {
+            Some(mapping) if mapping.start <= at => at = mapping.end,
+            _ => return Some(at),
         }
-        _ => String::new(),
     }
+    None
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// Whether the kernel has MADV_POPULATE; so it is taken where the release cannot be read.
+fn knows_populate(kernel: &dyn Kernel) -> bool {
+    let [major, minor, _] = caps::release(kernel);
+    major == 0 || (5, 14) <= (major, minor)
+}
 
-    #[test]
-    fn reads_the_page_size_of_the_right_mapping() {
-        let smaps = "\
-1000-3000 rw-p 00000000 00:00 0 \nSize: 8 kB\nKernelPageSize:        4 kB\nVmFlags: rd\n\
-200000-400000 rw-s 00000000 00:0f 9 /memfd:x\nSize: 2048 kB\nKernelPageSize:     2048 kB\n";
-        assert_eq!(kernel_page_size(smaps, 0x2fff), Some(4096));
-        assert_eq!(kernel_page_size(smaps, 0x200000), Some(2 << 20));
-        assert_eq!(kernel_page_size(smaps, 0x3000), None);
+/// Huge pages of one size, with their pool's counts where these can be read.
+struct HugePages {
+    size: u64,
+    all: Option<u64>,
+    free: Option<u64>,
+    reserved: Option<u64>,
+}
+
+impl HugePages {
+    /// Those behind `range`, if any.
+    fn behind(kernel: &dyn Kernel, segment: &Segment, range: Range) -> Option<Self> {
+        let size = PageSizes::new(kernel).of(segment, range).filter(|size| *size > PAGE)?;
+        let count = |name: &str| {
+            let path = format!("/sys/kernel/mm/hugepages/hugepages-{}kB/{name}", size >> 10);
+            kernel.read_file(&path).ok().and_then(|text| text.trim().parse().ok())
+        };
+        Some(Self {
+            size,
+            all: count("nr_hugepages"),
+            free: count("free_hugepages"),
+            reserved: count("resv_hugepages"),
+        })
+    }
+
+    /// Whether an EFAULT at `range` is for want of pages. It comes of a file that is too short, too: the file's
+    /// size decides where there is a descriptor, else whether the pool has a page that nobody has reserved.
+    fn are_short(&self, kernel: &dyn Kernel, segment: &Segment, range: Range) -> bool {
+        let file = segment.offset_of(range.start).and_then(|(fd, at)| Some((kernel.file_size(fd).ok()?, at)));
+        match file {
+            Some((file, at)) => at.saturating_add(range.size()) <= file.length,
+            None => self.free.zip(self.reserved).is_none_or(|(free, reserved)| free <= reserved),
+        }
+    }
+
+    fn name(&self) -> String {
+        if self.size % (1 << 30) == 0 {
+            format!("{} GiB pages", self.size >> 30)
+        } else {
+            format!("{} MiB pages", self.size >> 20)
+        }
+    }
+
+    fn state(&self) -> String {
+        match (self.free, self.reserved, self.all) {
+            (Some(free), Some(reserved), Some(all)) => {
+                format!(" ({free} of {all} pages free, {reserved} of these reserved)")
+            }
+            _ => String::new(),
+        }
     }
 }

@@ -4,7 +4,7 @@
 //! its host method, its access and its chunk. It asks the kernel about mappings and changes nothing.
 
 use crate::error::{Error, Reason, Result, Stage};
-use crate::kvm::{Access, Kernel, MappedObject, Mapping};
+use crate::kvm::{Access, Errno, Kernel, MappedObject, Mapping, Mappings};
 use crate::memslot::{Backing, Memslot, SlotId, SlotRecord};
 use crate::range::{HUGE, PAGE, Range, RangeSet};
 use std::os::fd::RawFd;
@@ -109,6 +109,19 @@ pub struct Plan {
 impl Plan {
     /// Plans `asked`, or, when that is empty, all memory that is not marked sparse or device.
     pub fn new(kernel: &dyn Kernel, slots: &SlotRecord, asked: &[Range], wish: Wish) -> Result<Self> {
+        Self::on_vm(kernel, slots, asked, wish, true)
+    }
+
+    /// As [`Plan::new`], for a VM that has private memory or has none.
+    pub fn on_vm(
+        kernel: &dyn Kernel,
+        slots: &SlotRecord,
+        asked: &[Range],
+        wish: Wish,
+        has_private_memory: bool,
+    ) -> Result<Self> {
+        let mappings = Mappings::now(kernel).map_err(looking_up)?;
+        let host = &Host { kernel, mappings, has_private_memory };
         let mut plan = Self::default();
         if asked.is_empty() {
             let all =
@@ -120,19 +133,19 @@ impl Plan {
                 if unfit {
                     plan.left_out.insert(range);
                 } else {
-                    plan.add_slot_part(kernel, slot, range, wish)?;
+                    plan.add_slot_part(host, slot, range, wish)?;
                 }
             }
             return Ok(plan);
         }
         let asked: RangeSet = asked.iter().copied().collect();
         for range in asked.iter() {
-            plan.add_range(kernel, slots, range, wish)?;
+            plan.add_range(host, slots, range, wish)?;
         }
         Ok(plan)
     }
 
-    fn add_range(&mut self, kernel: &dyn Kernel, slots: &SlotRecord, range: Range, wish: Wish) -> Result<()> {
+    fn add_range(&mut self, host: &Host<'_>, slots: &SlotRecord, range: Range, wish: Wish) -> Result<()> {
         let mut at = range.start;
         for (place, slot) in slots.touching(0, range) {
             let Some(part) = place.intersect(&range) else { continue };
@@ -140,7 +153,7 @@ impl Plan {
                 break;
             }
             check_slot_is_fit(slots, slot, part, wish.intent)?;
-            self.add_slot_part(kernel, slot, part, wish)?;
+            self.add_slot_part(host, slot, part, wish)?;
             at = part.end;
         }
         match Range::between(at, range.end) {
@@ -156,26 +169,25 @@ impl Plan {
     }
 
     /// Adds a part of one slot, mapping by mapping.
-    fn add_slot_part(&mut self, kernel: &dyn Kernel, slot: &Memslot, part: Range, wish: Wish) -> Result<()> {
+    fn add_slot_part(&mut self, host: &Host<'_>, slot: &Memslot, part: Range, wish: Wish) -> Result<()> {
         if slot.is_dirty_logged() && wish.stage2 && !wish.dirty_logged_too {
             self.dirty_logged += part.size();
         }
-        if is_hidden(kernel, slot)? {
+        if host.is_hidden(slot)? {
             return self.add_hidden(slot, part, wish);
         }
         let mut at = part.start;
         while let Some(rest) = Range::between(at, part.end) {
             let hva = slot.region.hva + (at - slot.region.gpa);
-            let mapping = kernel
-                .mapping(hva)
-                .map_err(|errno| {
-                    Error::kernel(errno, "looking up the slot's mapping").slot(slot.id()).range(rest)
-                })?
+            let mapping = host
+                .mappings
+                .at(hva)
+                .map_err(|errno| looking_up(errno).slot(slot.id()).range(rest))?
                 .filter(|m| m.start <= hva)
                 .ok_or_else(|| not_mapped(slot, rest, hva))?;
             let end = part.end.min(at.saturating_add(mapping.end - hva));
             let piece = Range { start: at, end };
-            self.segments.push(segment(kernel, slot, piece, hva, mapping, wish)?);
+            self.segments.push(segment(host.kernel, slot, piece, hva, mapping, wish)?);
             at = end;
         }
         Ok(())
@@ -211,19 +223,34 @@ impl Plan {
     }
 }
 
-/// Whether the slot's memory is a guest_memfd that the host cannot map. Its VMM may say so; else it is so when
-/// what is mapped at the slot's hva is not that guest_memfd.
-fn is_hidden(kernel: &dyn Kernel, slot: &Memslot) -> Result<bool> {
-    if !slot.has_guest_memfd() {
-        return Ok(false);
+/// What a plan asks the host of.
+struct Host<'a> {
+    kernel: &'a dyn Kernel,
+    mappings: Mappings<'a>,
+    has_private_memory: bool,
+}
+
+impl Host<'_> {
+    /// Whether the slot's memory is a guest_memfd that the host cannot map. Its VMM may say so; else it is so when
+    /// the VM has private memory and what is mapped at the slot's hva is not that guest_memfd. A VM without serves
+    /// the guest from the slot's hva, as any other.
+    fn is_hidden(&self, slot: &Memslot) -> Result<bool> {
+        if !slot.has_guest_memfd() {
+            return Ok(false);
+        }
+        if let Some(backing) = slot.backing {
+            return Ok(backing == Backing { object: MappedObject::GuestMemfd, shared: false });
+        }
+        if !self.has_private_memory {
+            return Ok(false);
+        }
+        let mapping = self.mappings.at(slot.region.hva).map_err(looking_up)?;
+        Ok(!mapping.is_some_and(|m| m.start <= slot.region.hva && m.object == MappedObject::GuestMemfd))
     }
-    if let Some(backing) = slot.backing {
-        return Ok(backing == Backing { object: MappedObject::GuestMemfd, shared: false });
-    }
-    let mapping = kernel
-        .mapping(slot.region.hva)
-        .map_err(|errno| Error::kernel(errno, "looking up the slot's mapping"))?;
-    Ok(!mapping.is_some_and(|m| m.start <= slot.region.hva && m.object == MappedObject::GuestMemfd))
+}
+
+fn looking_up(errno: Errno) -> Error {
+    Error::kernel(errno, "looking up the slot's mapping")
 }
 
 fn check_slot_is_fit(slots: &SlotRecord, slot: &Memslot, part: Range, intent: Intent) -> Result<()> {
@@ -293,7 +320,10 @@ fn segment(
         .stage(Stage::Host)
         .slot(slot.id())
         .range(range)
-        .hint("make the slot read-only (KVM_MEM_READONLY), map it writable, or use KVMPREP_INTENT_READ"));
+        .hint(
+            "make the slot read-only (KVM_MEM_READONLY), map it writable, use KVMPREP_INTENT_READ, or, for a \
+             PROT_NONE guard page, keep it out of slots and ranges",
+        ));
     }
     let access = if writes { Access::Write } else { Access::Read };
     Ok(Segment {

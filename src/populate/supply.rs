@@ -3,7 +3,7 @@
 //! It refuses only what surely cannot fit: need is counted low and supply high, so a refusal is never wrong, and
 //! a pass is no promise.
 
-use super::host;
+use super::page_size::PageSizes;
 use super::plan::{HostMethod, Plan, Segment};
 use crate::error::{Error, Reason, Result, Stage};
 use crate::kvm::{Access, Kernel, MappedObject};
@@ -36,9 +36,11 @@ pub fn check(kernel: &dyn Kernel, plan: &Plan) -> Result<()> {
 /// Bytes to be allocated, by page size.
 fn needs(kernel: &dyn Kernel, plan: &Plan) -> BTreeMap<u64, u64> {
     let mut needs = BTreeMap::new();
+    let page_sizes = PageSizes::new(kernel);
     for segment in plan.segments.iter().filter(|s| allocates(s)) {
+        // From which pool this comes is not known: count it nowhere.
+        let Some(page_size) = page_sizes.of(segment, segment.range) else { continue };
         let missing = segment.range.size().saturating_sub(present(kernel, segment));
-        let page_size = host::hugetlb_page_size(kernel, segment, segment.range).unwrap_or(PAGE);
         *needs.entry(page_size).or_default() += missing;
     }
     needs
@@ -57,11 +59,18 @@ fn allocates(segment: &Segment) -> bool {
     }
 }
 
-/// Bytes that are there already. What cannot be known counts as there.
+/// Bytes that are there already, at most. What cannot be known counts as there.
 fn present(kernel: &dyn Kernel, segment: &Segment) -> u64 {
     let Some(start) = segment.hva else { return 0 };
     let end = start + segment.range.size();
-    if segment.backing.shared {
+    let is_of_file = segment.backing.shared || segment.access == Access::Read;
+    if is_of_file && segment.backing.object == MappedObject::Hugetlb {
+        // What another process or an fallocate has filled, only the file can tell: mincore looks at page tables.
+        let size = segment.offset_of(segment.range.start).and_then(|(fd, _)| kernel.file_size(fd).ok());
+        return size.map_or(segment.range.size(), |size| size.allocated);
+    }
+    // A read maps what the file has in memory; only a write makes a private copy.
+    if is_of_file {
         let parts = (start..end).step_by(HUGE as usize);
         return parts
             .map(|at| {
@@ -91,32 +100,39 @@ fn pool(kernel: &dyn Kernel, size: u64) -> Option<(u64, String)> {
     Some(((count("free_hugepages")? + growth) * size, format!("the pool {directory}")))
 }
 
-/// What the machine and every cgroup above this process have free, whichever is least.
+/// What the machine and every cgroup above this process have free, swap included, whichever is least. In a cgroup
+/// namespace the process may be at what looks like the root and has limits all the same.
 fn memory(kernel: &dyn Kernel) -> Option<(u64, String)> {
     let meminfo = kernel.read_file("/proc/meminfo").ok()?;
-    let mut least = (field(&meminfo, "MemAvailable:")? << 10, "the machine".to_string());
+    let swap = field(&meminfo, "SwapFree:").unwrap_or(0) << 10;
+    let mut least = ((field(&meminfo, "MemAvailable:")? << 10) + swap, "the machine".to_string());
     let groups = kernel.read_file("/proc/self/cgroup").unwrap_or_default();
     let path = groups.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/");
     let mut path = path.trim_end_matches('/');
-    while !path.is_empty() {
+    loop {
         let directory = format!("/sys/fs/cgroup{path}");
-        if let Some(free) = cgroup_free(kernel, &directory).filter(|free| *free < least.0) {
-            least = (free, format!("the cgroup {path}"));
+        if let Some(free) = cgroup_free(kernel, &directory, swap).filter(|free| *free < least.0) {
+            least = (free, format!("the cgroup {directory}"));
         }
-        path = path.rsplit_once('/').map_or("", |(parent, _)| parent);
+        match path.rsplit_once('/') {
+            Some((parent, _)) => path = parent,
+            None => return Some(least),
+        }
     }
-    Some(least)
 }
 
-/// Limit less use, what can be reclaimed counted as free.
-fn cgroup_free(kernel: &dyn Kernel, directory: &str) -> Option<u64> {
+/// Limit less use, what can be reclaimed counted as free, and what of the machine's free swap it may take.
+fn cgroup_free(kernel: &dyn Kernel, directory: &str, swap: u64) -> Option<u64> {
     let read = |name: &str| kernel.read_file(&format!("{directory}/{name}")).ok();
     let limit = number(&read("memory.max")?)?;
     let used = number(&read("memory.current")?)?;
     let stat = read("memory.stat")?;
     let cache =
         field(&stat, "inactive_file")? + field(&stat, "active_file")? + field(&stat, "slab_reclaimable")?;
-    Some(limit.saturating_sub(used.saturating_sub(cache)))
+    let swap_limit = read("memory.swap.max").and_then(|text| number(&text)).unwrap_or(u64::MAX);
+    let swap_used = read("memory.swap.current").and_then(|text| number(&text)).unwrap_or(0);
+    let swap = swap.min(swap_limit.saturating_sub(swap_used));
+    Some(limit.saturating_sub(used.saturating_sub(cache)).saturating_add(swap))
 }
 
 fn number(text: &str) -> Option<u64> {

@@ -5,8 +5,11 @@
 
 #![allow(dead_code, reason = "each user needs a part")]
 
-use kvmprep::kvm::{Access, Errno, ExitRequest, FileKind, Kernel, MappedObject, Mapping, Region, Stats, Sys};
+use kvmprep::kvm::{
+    Access, Errno, ExitRequest, FileKind, FileSize, Kernel, MappedObject, Mapping, Region, Stats, Sys,
+};
 use kvmprep::range::{PAGE, Range, RangeSet};
+use std::collections::BTreeMap;
 use std::os::fd::{OwnedFd, RawFd};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -26,6 +29,7 @@ pub enum Call {
     Allocate,
     FileKind,
     Mapping,
+    Mappings,
     Resident,
     Event,
     ReadFile,
@@ -36,8 +40,17 @@ pub type Script = Box<dyn Fn(RawFd, Range) -> Option<Sys<Option<Range>>> + Send 
 
 /// The kernel.
 pub struct Fake {
-    /// Where all mappings lie: one, private and anonymous.
-    pub mapped: Range,
+    /// All mappings, by place.
+    pub mappings: Mutex<Vec<Mapping>>,
+    /// Whether looking one up costs what all of them cost, as before Linux 6.11.
+    pub has_no_query: bool,
+    /// The content of files.
+    pub files: BTreeMap<&'static str, String>,
+    /// Every open file's kind and size.
+    pub file_kind: FileKind,
+    pub file_size: FileSize,
+    /// Bytes in memory of whatever is mapped from a file, from its first on.
+    pub cached: u64,
     /// Whether KVM_PRE_FAULT_MEMORY is claimed.
     pub has_pre_fault: bool,
     /// The most that one pre-fault does, in bytes.
@@ -63,9 +76,22 @@ impl ExitRequest for Request {
 }
 
 impl Fake {
+    /// With one mapping, private and anonymous.
     pub fn new(mapped: Range) -> Self {
         Self {
-            mapped,
+            mappings: Mutex::new(vec![Mapping {
+                start: mapped.start,
+                end: mapped.end,
+                writable: true,
+                shared: false,
+                page_size: PAGE,
+                object: MappedObject::Anonymous,
+            }]),
+            has_no_query: false,
+            files: BTreeMap::new(),
+            file_kind: FileKind { object: MappedObject::Shmem, page_size: PAGE },
+            file_size: FileSize { length: u64::MAX, allocated: 0 },
+            cached: u64::MAX,
             has_pre_fault: true,
             step: u64::MAX,
             script: None,
@@ -163,19 +189,24 @@ impl Kernel for Fake {
 
     fn file_kind(&self, _: RawFd) -> Sys<FileKind> {
         self.enter(Call::FileKind)?;
-        Ok(FileKind { object: MappedObject::Shmem, page_size: PAGE })
+        Ok(self.file_kind)
+    }
+
+    fn file_size(&self, _: RawFd) -> Sys<FileSize> {
+        Ok(self.file_size)
     }
 
     fn mapping(&self, hva: u64) -> Sys<Option<Mapping>> {
         self.enter(Call::Mapping)?;
-        Ok((hva < self.mapped.end).then_some(Mapping {
-            start: self.mapped.start,
-            end: self.mapped.end,
-            writable: true,
-            shared: false,
-            page_size: PAGE,
-            object: MappedObject::Anonymous,
-        }))
+        Ok(self.mappings.lock().unwrap().iter().find(|m| hva < m.end).copied())
+    }
+
+    fn mappings(&self) -> Sys<Option<Vec<Mapping>>> {
+        if !self.has_no_query {
+            return Ok(None);
+        }
+        self.enter(Call::Mappings)?;
+        Ok(Some(self.mappings.lock().unwrap().clone()))
     }
 
     fn resident(&self, start: u64, end: u64) -> Sys<Option<(u64, u64)>> {
@@ -184,17 +215,18 @@ impl Kernel for Fake {
         Ok(host.within(Range { start, end }).next().map(|run| (run.start, run.end)))
     }
 
-    fn cached(&self, _: u64, size: u64) -> Sys<u64> {
-        Ok(size)
+    fn cached(&self, hva: u64, size: u64) -> Sys<u64> {
+        let mapping = self.mapping(hva)?.ok_or(Errno(libc::ENOMEM))?;
+        Ok(self.cached.saturating_sub(hva - mapping.start).min(size))
     }
 
     fn file_name(&self, _: RawFd) -> Option<String> {
         None
     }
 
-    fn read_file(&self, _: &str) -> Sys<String> {
+    fn read_file(&self, path: &str) -> Sys<String> {
         self.enter(Call::ReadFile)?;
-        Err(Errno(libc::ENOENT))
+        self.files.get(path).cloned().ok_or(Errno(libc::ENOENT))
     }
 
     fn wait(&self, _: &AtomicU32, _: u32, _: Duration) -> Sys<()> {
