@@ -127,7 +127,8 @@ static void more_huge_pages_than_the_pool_has_are_refused_first(void) {
 static void more_memory_than_the_machine_has_is_refused_first(void) {
     struct setting s = setting_make(ANON_4K, PAGE);
     struct kvmprep_populate_result result;
-    long available = number_after("/proc/meminfo", "MemAvailable:") + number_after("/proc/meminfo", "SwapFree:");
+    long available =
+        number_after("/proc/meminfo", "MemAvailable:") + number_after("/proc/meminfo", "SwapFree:");
     size_t size = ((size_t)available << 10) + (1ull << 30);
     size &= ~(size_t)(PAGE - 1);
     void *hva = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
