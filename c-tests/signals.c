@@ -153,6 +153,7 @@ static unsigned again_skipping_what_is_covered(struct setting *s) {
         CHECK_EQ(result.bytes, SIZE);
         if (done == -EINTR) {
             CHECK_EQ(s->err.reason, KVMPREP_REASON_INTERRUPTED);
+            CHECK(strstr(s->err.hint, "KVMPREP_POPULATE_SKIP_COVERED") != NULL);
             if (s->has_pre_fault)
                 CHECK_EQ(result.skipped + result.stage2 + result.remaining, SIZE);
             sum.interrupted++;

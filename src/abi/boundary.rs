@@ -110,18 +110,28 @@ pub unsafe fn write_sized<T: Copy>(pointer: *mut T, size: usize, value: &T, name
     Ok(())
 }
 
-/// An array that C passes in. Of no elements, its address does not matter.
-///
-/// # Safety
-/// A pointer that is neither NULL nor misaligned points to `n` initialised elements that live through the call.
-pub unsafe fn slice<'a, T>(pointer: *const T, n: usize, name: &str) -> Result<&'a [T]> {
+/// Refuses an array that cannot be one, without a look at its elements, which need not be initialised. Of no
+/// elements, its address does not matter.
+pub fn check_array<T>(pointer: *const T, n: usize, name: &str) -> Result<()> {
     if n == 0 {
-        return Ok(&[]);
+        return Ok(());
     }
     check_pointer(pointer, name)?;
     if n > isize::MAX as usize / size_of::<T>().max(1) {
         return Err(Error::invalid(Reason::BadValue, format!("{name} cannot have {n} elements"))
             .hint("check where the count comes from"));
+    }
+    Ok(())
+}
+
+/// An array that C passes in.
+///
+/// # Safety
+/// A pointer that is neither NULL nor misaligned points to `n` initialised elements that live through the call.
+pub unsafe fn slice<'a, T>(pointer: *const T, n: usize, name: &str) -> Result<&'a [T]> {
+    check_array(pointer, n, name)?;
+    if n == 0 {
+        return Ok(&[]);
     }
     // SAFETY: not NULL, aligned, of a possible size; the rest by the caller's word.
     Ok(unsafe { std::slice::from_raw_parts(pointer, n) })

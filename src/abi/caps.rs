@@ -125,8 +125,10 @@ impl Patience for OneCall<'_> {
 /// reason in kvm_run: make it with no userspace exit pending. When: after KVM_SET_CPUID2 (which may change the
 /// number of page-table levels), not in SMM, not while a nested guest runs, and not while any memslot is deleted or
 /// moved, unless mappings are kept (kvmprep_keep_mappings()): else the kernel spins in this call until a signal
-/// comes (Linux 6.11 to 7.3 at least), and the deletion may wait for it. On Linux 6.11 to 6.14 the library writes
-/// the vCPU's EFER and puts it back before each pre-fault, or a deletion of the past would do the same.
+/// comes (Linux 6.11 to 7.3 at least), and the deletion may wait for it. Before Linux 6.15, wherever there is a
+/// pre-fault, a deletion of the past would do the same to a vCPU that has not been in KVM_RUN since: there the
+/// library writes the vCPU's EFER and puts it back before each pre-fault, in jobs too. Nobody may read or save that
+/// vCPU's state meanwhile.
 ///
 /// Returns 0, or -EINVAL (`remaining` NULL, misaligned, empty, unaligned, wrapping, beyond the host's address
 /// width, or not a vCPU), -EBADF, -EINTR (a signal: call again), -ENOENT (no memslot at `remaining->gpa`),

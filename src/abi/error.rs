@@ -69,7 +69,9 @@ pub const KVMPREP_REASON_POISONED: u32 = 22;
 pub const KVMPREP_REASON_KERNEL_REFUSED: u32 = 23;
 /// Stage 2 was required, and this kernel or VM has no pre-fault (-EOPNOTSUPP).
 pub const KVMPREP_REASON_NO_STAGE2: u32 = 24;
-/// The vCPU cannot pre-fault now: SMM, a nested guest, or a confidential VM that is not finalised (-EOPNOTSUPP).
+/// The vCPU cannot pre-fault now: a nested guest, or a confidential VM that is not finalised; or SMM, where KVM would
+/// fill the wrong page tables, and where the library looks once for each thread that comes with a vCPU, before its
+/// first pre-fault (-EOPNOTSUPP).
 pub const KVMPREP_REASON_VCPU_REFUSED: u32 = 25;
 /// A signal came, or kvm_run.immediate_exit is set (-EINTR).
 pub const KVMPREP_REASON_INTERRUPTED: u32 = 26;

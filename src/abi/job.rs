@@ -69,9 +69,11 @@ pub unsafe extern "C" fn kvmprep_job_new(
 ///
 /// Made for a VMM's own vCPU threads: a thread comes before its first KVM_RUN, or in between. To get it back, do
 /// as for KVM_RUN: set kvm_run.immediate_exit, then send a signal that has a handler; the thread returns -EINTR
-/// within one chunk, nothing is lost, and it may come again. A signal alone works too, except in the moments
-/// between two system calls. A chunk is 2 MiB, or one page of the backing if that is larger. Signals do not end a
-/// wait for another thread that runs this vCPU, nor one for userfaultfd memory in the host stage.
+/// within one chunk, nothing is lost, and it may come again. A signal alone ends only a pre-fault or a wait: the
+/// host stage goes on under any but a fatal one, and a signal that comes then is forgotten. A thread with vcpu_fd
+/// -1 has nothing to set: it comes back by the end of the work or by kvmprep_job_cancel(). A chunk is 2 MiB, or one
+/// page of the backing if that is larger. Signals do not end a wait for another thread that runs this vCPU, nor
+/// one for userfaultfd memory in the host stage.
 ///
 /// Threads: any number at once, each with a vCPU of its own. Returns 0 when nothing is left for this thread:
 /// the job is over, or what remains needs a vCPU and this thread has none. -EINTR: see above. -EOPNOTSUPP
@@ -129,7 +131,7 @@ fn run(job: &Arc<Job>, vcpu_fd: c_int, own: &[Range]) -> Result<c_int> {
     let worker = Worker::visitor(job.kernel(), optional_fd(vcpu_fd, "vcpu_fd")?, own)?;
     match job.run(worker, &mut |_| {}) {
         Leave::NoWork => Ok(0),
-        Leave::Interrupted => Err(interrupted()),
+        Leave::Interrupted => Err(interrupted("run the job again: what is done stays done")),
         Leave::VcpuRefused => Err(refused()),
         Leave::Ended => job.verdict().map(|()| 0),
     }
@@ -140,10 +142,13 @@ fn run(job: &Arc<Job>, vcpu_fd: c_int, own: &[Range]) -> Result<c_int> {
 ///
 /// The caller vouches that the vCPUs are parked, with no userspace exit pending, until the job is over: a vCPU
 /// ioctl waits, and no signal ends the wait, while its vCPU is inside KVM_RUN, a halted one included. When every
-/// vCPU given refuses and no caller's thread is inside, the job ends with what the host stage could do.
+/// vCPU given refuses and no caller's thread is inside, the job ends with what the host stage could do. Host
+/// threads alone do not end a job that wants stage 2: it waits for a thread with a vCPU. Where none will come, ask
+/// for KVMPREP_POPULATE_HOST_ONLY.
 ///
 /// The threads have a stack of 256 KiB, all but the synchronous signals blocked, and the caller's affinity and
-/// priority.
+/// priority. A SIGBUS that memory broken in hardware raises is synchronous: the program's handler runs on that
+/// stack, or, without one, the process dies, as it does on any thread.
 ///
 /// Threads: any. Returns 0, or -EINVAL (NULL, too many threads, a vCPU twice), -EBADF, -EAGAIN (a thread could
 /// not be started: the job has then failed).
@@ -212,7 +217,7 @@ pub unsafe extern "C" fn kvmprep_job_remaining(
         boundary(err, || {
             let job = &reference(job, "job")?.0;
             check_out(n, "n")?;
-            slice(ranges.cast_const(), capacity, "ranges")?;
+            check_array(ranges.cast_const(), capacity, "ranges")?;
             let remaining = job.remaining();
             write_ranges(remaining.iter(), ranges, capacity);
             write(n, remaining.len(), "n")?;
@@ -224,7 +229,8 @@ pub unsafe extern "C" fn kvmprep_job_remaining(
 /// Waits for the end of the job, at most `timeout_ms` milliseconds; negative: as long as it takes; 0: asks only.
 /// It does no work itself. The end is when no thread has memory in hand any more, after a cancellation too. A job
 /// that only callers' threads work on ends when they have done it all, or by kvmprep_job_cancel() or its time
-/// limit.
+/// limit. So does one that only host threads work on, unless KVMPREP_POPULATE_HOST_ONLY was asked for or there is
+/// no stage 2 here: without a thread that has a vCPU, a wait without a limit never returns.
 ///
 /// `result` may be NULL; it is written when the job is over, whether it succeeded or not.
 ///

@@ -174,7 +174,8 @@ pub const KVMPREP_STAGE2_NOT_WANTED: u32 = 1;
 pub const KVMPREP_STAGE2_NO_VCPU: u32 = 2;
 /// This kernel, host or VM has no pre-fault.
 pub const KVMPREP_STAGE2_UNAVAILABLE: u32 = 3;
-/// Every vCPU refused: in SMM, running a nested guest, or its confidential VM not finalised.
+/// Every vCPU refused: running a nested guest, or its confidential VM not finalised, or, by the library's own look
+/// before a thread's first pre-fault, in SMM.
 pub const KVMPREP_STAGE2_VCPUS_REFUSED: u32 = 4;
 /// It was stopped before its end.
 pub const KVMPREP_STAGE2_UNFINISHED: u32 = 5;
@@ -357,21 +358,27 @@ pub(super) fn check_thread_count(threads: u32) -> Result<u32> {
 ///
 /// `ranges` are `n` ranges of address space 0; overlaps are united. n = 0 means all memory of the slots that the
 /// handle knows, but slots marked SPARSE or DEVICE, slots that are about to change, and, unless the intent is
-/// RESIDENT, slots with userfaultfd; what is left out so is in `remaining`, the first two kinds apart. `opts` may
-/// be NULL for the defaults: then only the host stage is done, by the calling thread.
+/// RESIDENT, slots with userfaultfd; what is left out so is in `remaining`, the first two kinds apart. All the rest
+/// must be memory: one piece that the kernel does not populate, such as a device's memory in a slot that is not
+/// marked DEVICE, or a guard page (PROT_NONE), stops all. `opts` may be NULL for the defaults: then only the host
+/// stage is done, by the calling thread.
 ///
 /// Who works: the calling thread, with `opts->vcpu_fd` if that is not -1; `opts->host_threads` library threads
 /// without a vCPU; one library thread for each of `opts->vcpu_fds`, for which the caller vouches that they are
 /// parked, with no userspace exit pending, until the call returns. Library threads have a stack of 256 KiB and
-/// all but the synchronous signals blocked; the library sets no affinity and no priority. The call returns once
-/// all of them are gone.
+/// all but the synchronous signals blocked; the library sets no affinity and no priority. A SIGBUS that memory
+/// broken in hardware raises is synchronous: the program's handler runs on that stack, or, without one, the process
+/// dies. The call returns once all of them are gone.
 ///
 /// When: after KVM_SET_CPUID2 on every vCPU, with all slots in place, before the vCPUs run; not in SMM and not
 /// while a nested guest runs (such a vCPU refuses or fills another page table). What undoes it later: the
-/// deletion of any slot (see kvmprep_keep_mappings()), dirty logging, and what kvmprep_get_coverage() names.
+/// deletion of any slot (see kvmprep_keep_mappings()), dirty logging, and what kvmprep_get_coverage() names. Before
+/// Linux 6.15 nobody may read or save the state of a vCPU that is being used: see kvmprep_vcpu_pre_fault().
 ///
 /// `result` may be NULL. It and `opts->remaining` are written whenever work was begun, on error too: no progress
-/// is lost, and calling again does the rest.
+/// is lost. But each call starts from the front: to do the rest after an interruption, call again with
+/// KVMPREP_POPULATE_SKIP_COVERED or with `opts->remaining` as `ranges`; with KVMPREP_INTENT_RESIDENT, which leaves no
+/// coverage, with the latter. The same call repeated under a periodic signal may never come to an end.
 ///
 /// Threads: any; many populations may run at once on one VM, each with vCPUs of its own. Returns 0 when all that
 /// can be done was done (see `stage2_state`), or -EINTR (a signal came to the calling thread while in a pre-fault
@@ -379,9 +386,9 @@ pub(super) fn check_thread_count(threads: u32) -> Result<u32> {
 /// (no memslot in part of the ranges), -EBUSY (a named slot is changing, under userfaultfd, or, with
 /// REQUIRE_STAGE2, dirty-logged), -EACCES (a mapping that cannot be written), -EFAULT (memory that is not mapped
 /// or whose file is too short), -ENOMEM (no memory, or the pool of huge pages that the message names is empty),
-/// -EOPNOTSUPP (REQUIRE_STAGE2; or no MADV_POPULATE on this kernel), -EAGAIN (a slot's deletion that was not
-/// announced and did not end; or no thread could be started), -EHWPOISON, -EIO (VM dead or another process's),
-/// -EINVAL and -EBADF for bad arguments, -E2BIG (a newer caller's options).
+/// -EOPNOTSUPP (REQUIRE_STAGE2; no MADV_POPULATE on this kernel, or not for this memory), -EAGAIN (a slot's deletion
+/// that was not announced and did not end; or no thread could be started), -EHWPOISON, -EIO (VM dead or another
+/// process's), -EINVAL and -EBADF for bad arguments, -E2BIG (a newer caller's options).
 ///
 /// # Safety
 /// Each pointer is NULL where that is allowed or points to what its type and count say.
@@ -402,7 +409,7 @@ pub unsafe extern "C" fn kvmprep_populate(
             check_optional_out(result, result_size, "result")?;
             let asked = decode_ranges(vm, ranges, n)?;
             let opts = if opts.is_null() { default_opts() } else { read_growing(opts, "opts")? };
-            slice(opts.remaining.cast_const(), opts.remaining_capacity, "opts->remaining")?;
+            check_array(opts.remaining.cast_const(), opts.remaining_capacity, "opts->remaining")?;
             let mut options = opts.options()?;
             let threads = Threads {
                 own: optional_fd(opts.vcpu_fd, "opts->vcpu_fd")?,
@@ -481,14 +488,16 @@ fn drive(
     job.give_up();
     spawned?;
     if leave == Leave::Interrupted {
-        return Err(interrupted());
+        return Err(interrupted(
+            "call again with KVMPREP_POPULATE_SKIP_COVERED, or with opts->remaining as ranges (with \
+             KVMPREP_INTENT_RESIDENT the latter): else all is done again from the front",
+        ));
     }
     job.verdict()
 }
 
-pub(super) fn interrupted() -> Error {
-    Error::new(libc::EINTR, Reason::Interrupted, "a signal came, or kvm_run.immediate_exit is set")
-        .hint("call again: what is done stays done")
+pub(super) fn interrupted(hint: &'static str) -> Error {
+    Error::new(libc::EINTR, Reason::Interrupted, "a signal came, or kvm_run.immediate_exit is set").hint(hint)
 }
 
 pub(super) fn refused() -> Error {

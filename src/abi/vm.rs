@@ -3,6 +3,7 @@
 use super::boundary::*;
 use super::error::kvmprep_error;
 use crate::error::{Error, Reason, Result, Stage};
+use crate::kvm::caps::physical_address_bits;
 use crate::kvm::{Linux, MEM_GUEST_MEMFD, Region};
 use crate::memslot::{Backing, Memslot, Nature, check_guest_width};
 use crate::range::Range;
@@ -10,7 +11,12 @@ use crate::vm::{Config, Vm};
 use std::ffi::c_int;
 use std::sync::Arc;
 
-/// Find out from the kernel what lies behind the slot. Costs one look at each mapping, when a job is made.
+/// Find out from the kernel what lies behind the slot. A slot with a guest_memfd that is not mapped at its hva is
+/// taken for KVMPREP_BACKING_GUEST_MEMFD, all of it private, where the VM has private memory (VM types
+/// SW_PROTECTED, SNP, TDX); a slot whose memory is shared now, or in part, must say so by naming what is at its hva.
+/// Conversions are not followed. In other VMs such a guest_memfd is not what the guest sees, and the slot is
+/// populated by its hva. What is said with another value is believed, for the method and for the report; each
+/// mapping is looked up all the same, when a job is made.
 pub const KVMPREP_BACKING_AUTO: u32 = 0;
 /// Anonymous private memory; with or without transparent huge pages.
 pub const KVMPREP_BACKING_ANONYMOUS: u32 = 1;
@@ -77,9 +83,9 @@ impl kvmprep_range {
     }
 }
 
-/// Checks a range without a handle: below what any x86-64 host can address.
+/// Checks a range without a handle: below what this host can address.
 pub(super) fn check_guest_range(range: Range) -> Result<()> {
-    check_guest_width(range, 52)
+    check_guest_width(range, physical_address_bits())
 }
 
 /// A memslot: what KVM_SET_USER_MEMORY_REGION2 is told, in the kernel's encoding, and what the VMM knows beyond.
@@ -329,6 +335,10 @@ pub unsafe extern "C" fn kvmprep_memslot_set(
 /// the slot up (it is in their result, as remaining), new ones leave it out or, when it is named, fail with
 /// -EBUSY, until kvmprep_memslot_note(). A slot that the handle does not know is accepted and does nothing.
 ///
+/// Where the slot stays as it is and only the memory behind it is replaced (munmap, mmap over it), call
+/// kvmprep_range_discarded() too: a note of the same slot changes nothing, and the memory would still count as
+/// populated.
+///
 /// It matters: a pre-fault of any slot that is under way when any slot is deleted or moved spins in the kernel
 /// until a signal comes (Linux 6.11 to 7.3 at least), and before 6.18 one of the slot itself and the deletion wait
 /// for each other for ever. So, unless mappings are kept, no pre-fault of any slot is under way when this returns,
@@ -357,7 +367,8 @@ pub unsafe extern "C" fn kvmprep_memslot_changing(
 /// Notes what a memslot is now: call it after each KVM_SET_USER_MEMORY_REGION of the VMM's own, with size 0 for
 /// a deletion, and with the old description when the ioctl failed after kvmprep_memslot_changing(). What the
 /// change has cost is dropped from the coverage: the slot's own mappings, and, unless mappings are kept, those of
-/// all slots.
+/// all slots. A slot that is noted as it was has cost nothing: that its memory was replaced meanwhile is told by
+/// kvmprep_range_discarded().
 ///
 /// Threads: any. Returns 0, or, for bad arguments only, -EINVAL (NULL, malformed), -EEXIST (it overlaps another
 /// slot that the handle knows: a deletion was not noted), -EBADF. On error nothing has changed.
@@ -380,8 +391,9 @@ pub unsafe extern "C" fn kvmprep_memslot_note(
 }
 
 /// Announces that guest memory is about to be discarded while its slot stays: madvise(MADV_DONTNEED), hole punch,
-/// a balloon, virtio-mem's unplug. Returns once no worker touches it; jobs under way give the range up, and it is
-/// not covered any more. Start no job over it until the discard is done. The range need not lie in slots.
+/// a balloon, virtio-mem's unplug, another mapping in its place. Returns once no worker touches it; jobs under way
+/// give the range up, and it is not covered any more. Start no job over it until the discard is done. The range
+/// need not lie in slots.
 ///
 /// Threads: as kvmprep_memslot_changing(). Returns 0, or -EINVAL (a pointer NULL, a bad range).
 ///
@@ -473,5 +485,18 @@ pub unsafe extern "C" fn kvmprep_get_coverage(
             write_sized(out, out_size, &coverage, "out")?;
             Ok(0)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_without_a_handle_ends_below_the_host_s_width() {
+        let end = 1 << physical_address_bits();
+        check_guest_range(Range { start: end - 0x1000, end }).unwrap();
+        let error = check_guest_range(Range { start: end - 0x1000, end: end + 0x1000 }).unwrap_err();
+        assert_eq!((error.errno, error.reason), (libc::EINVAL, Reason::RangeBeyondGuest));
     }
 }

@@ -4,7 +4,7 @@ use super::uapi::KVM_CAP_GUEST_MEMFD_FLAGS;
 use super::{Errno, Kernel, Sys, ioctls};
 use std::os::fd::RawFd;
 
-pub use ioctls::QUIRK_SLOT_ZAP_ALL;
+pub use ioctls::{QUIRK_SLOT_ZAP_ALL, physical_address_bits};
 
 const KVM_CAP_NR_MEMSLOTS: u32 = 10;
 const KVM_CAP_READONLY_MEM: u32 = 81;
@@ -60,7 +60,7 @@ impl Caps {
             vm_types: ask(KVM_CAP_VM_TYPES)?.into(),
             memslots: ask(KVM_CAP_NR_MEMSLOTS)?,
             address_spaces: ask(KVM_CAP_MULTI_ADDRESS_SPACE)?.max(1),
-            gpa_bits: ioctls::physical_address_bits(),
+            gpa_bits: physical_address_bits(),
         })
     }
 }

@@ -1,6 +1,6 @@
 //! The C interface as files: the header that cbindgen makes of `src/abi`, and the symbols that are exported.
 //!
-//! It never edits the header otherwise: what C programmers read is written in the Rust sources.
+//! What cbindgen cannot be told to write is put right here; what C programmers read is written in the Rust sources.
 
 use crate::project;
 use anyhow::{Context, Result, bail, ensure};
@@ -48,7 +48,28 @@ fn generate() -> Result<String> {
     let bindings = builder.generate()?;
     let mut text = Vec::new();
     bindings.write(&mut text);
-    Ok(without_rust_sections(&String::from_utf8(text)?))
+    Ok(guarded(&unsigned(&without_rust_sections(&String::from_utf8(text)?))))
+}
+
+/// Gives numbers that no int holds an unsigned type: as they come they are a long, on any 64-bit machine.
+fn unsigned(header: &str) -> String {
+    let is_long = |line: &str| {
+        let number = line.strip_prefix("#define ").and_then(|define| define.split(' ').nth(1));
+        number
+            .and_then(|number| number.parse::<u32>().ok())
+            .is_some_and(|number| i32::try_from(number).is_err())
+    };
+    header
+        .lines()
+        .map(|line| if is_long(line) { format!("{line}u\n") } else { format!("{line}\n") })
+        .collect()
+}
+
+/// Moves the end of the include guard behind what cbindgen writes after it.
+fn guarded(header: &str) -> String {
+    let is_end = |line: &&str| line.starts_with("#endif") && line.contains("KVMPREP_H");
+    let (ends, lines): (Vec<_>, Vec<_>) = header.lines().partition(is_end);
+    lines.join("\n").trim_end().to_string() + "\n\n" + &ends.join("\n") + "\n"
 }
 
 /// Takes the "# Safety" sections out: they repeat, for Rust's readers, what C's take for granted.
@@ -133,6 +154,16 @@ mod tests {
     fn safety_sections_vanish_with_the_line_before() {
         let header = "/**\n * Does it.\n *\n * # Safety\n * `a` is good.\n */\nint f(void);\n";
         assert_eq!(without_rust_sections(header), "/**\n * Does it.\n */\nint f(void);\n");
+    }
+
+    #[test]
+    fn large_numbers_are_unsigned_and_all_stands_inside_the_guard() {
+        let header =
+            "#define KVMPREP_A 4294967295\n#define KVMPREP_B 7\n#endif\n#endif  /* KVMPREP_H */\n\nassert;\n";
+        assert_eq!(
+            guarded(&unsigned(header)),
+            "#define KVMPREP_A 4294967295u\n#define KVMPREP_B 7\n#endif\n\nassert;\n\n#endif  /* KVMPREP_H */\n"
+        );
     }
 
     #[test]

@@ -172,6 +172,9 @@ fn header_compiles(compiler: &str, language: &str, standard: &str) -> Result<()>
         "-Wall",
         "-Wextra",
         "-Wpedantic",
+        "-Wconversion",
+        "-Wredundant-decls",
+        "-Wformat",
         "-Werror",
         "-fsyntax-only",
     ]);
@@ -182,10 +185,14 @@ fn header_compiles(compiler: &str, language: &str, standard: &str) -> Result<()>
     let user = project::output()?.join("header-user.c");
     std::fs::write(
         &user,
-        "#include <kvmprep.h>\n\
+        "#include <stdio.h>\n\
+         #include <kvmprep.h>\n\
+         #include <kvmprep.h>\n\
          struct kvmprep_populate_opts opts = KVMPREP_POPULATE_OPTS_INIT;\n\
          struct kvmprep_vm_config config = KVMPREP_VM_CONFIG_INIT;\n\
-         struct kvmprep_memslot slot = KVMPREP_MEMSLOT_INIT;\n",
+         struct kvmprep_memslot slot = KVMPREP_MEMSLOT_INIT;\n\
+         int print(void);\n\
+         int print(void) { return printf(\"%u\", KVMPREP_NO_SLOT); }\n",
     )?;
     command.arg("-I").arg(project::root().join("include")).args(["-x", language]).arg(user);
     project::run(&mut command).map(drop)
