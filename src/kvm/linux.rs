@@ -26,6 +26,7 @@ fn check(result: c_int) -> Sys<c_int> {
 }
 
 /// An ioctl that reads or writes one structure, in which there is no pointer.
+#[cfg(target_arch = "x86_64")]
 pub(super) fn ioctl<T>(fd: RawFd, request: c_ulong, argument: &mut T) -> Sys<()> {
     // SAFETY: the size encoded in each request that comes here is T's, and the kernel touches no more than that.
     check(unsafe { libc::ioctl(fd, request, std::ptr::from_mut(argument)) }).map(drop)
