@@ -9,7 +9,7 @@ use super::{
     ioctls, maps,
 };
 use crate::range::{HUGE, PAGE, Range};
-use libc::{c_int, c_ulong, c_void};
+use libc::{c_int, c_void};
 use once_cell::sync::OnceCell;
 use std::fs::File;
 use std::io::Read;
@@ -27,14 +27,14 @@ fn check(result: c_int) -> Sys<c_int> {
 
 /// An ioctl that reads or writes one structure, in which there is no pointer.
 #[cfg(target_arch = "x86_64")]
-pub(super) fn ioctl<T>(fd: RawFd, request: c_ulong, argument: &mut T) -> Sys<()> {
+pub(super) fn ioctl<T>(fd: RawFd, request: libc::c_ulong, argument: &mut T) -> Sys<()> {
     // SAFETY: the size encoded in each request that comes here is T's, and the kernel touches no more than that.
     check(unsafe { libc::ioctl(fd, request, std::ptr::from_mut(argument)) }).map(drop)
 }
 
 /// An ioctl whose argument and answer are numbers.
 #[cfg(target_arch = "x86_64")]
-pub(super) fn ioctl_value(fd: RawFd, request: c_ulong, argument: c_ulong) -> Sys<u32> {
+pub(super) fn ioctl_value(fd: RawFd, request: libc::c_ulong, argument: libc::c_ulong) -> Sys<u32> {
     // SAFETY: no memory is passed.
     check(unsafe { libc::ioctl(fd, request, argument) }).map(|value| value as u32)
 }
