@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The main promise: after kvmprep_populate() a guest that writes every page of its memory takes no stage-2 fault
- * beyond its own code page, whatever lies behind the memory. One case for each backing and intent.
+ * The main promise: after kvmprep_populate() a guest that writes every page of its memory takes no stage-2
+ * fault beyond its own code page, whatever lies behind the memory. One case for each backing and intent.
  */
 #include "support/check.h"
 #include "support/guest.h"

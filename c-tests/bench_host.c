@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
  * The host stage alone, against a plain threaded prealloc as QEMU does it: as many threads as asked, started
- * together, each with MADV_POPULATE_WRITE over its own contiguous share. And, for shared memfd memory, the host
- * methods among which the library has chosen, against each other. `cargo xtask bench` runs it and judges.
+ * together, each with MADV_POPULATE_WRITE over its own contiguous share. And, for shared memfd memory, the
+ * host methods among which the library has chosen, against each other. `cargo xtask bench` runs it and
+ * judges.
  *
  * It needs no KVM: the library is given a VM that offers nothing, since the host stage asks nothing of it.
  *
@@ -132,7 +133,15 @@ static void compare(enum kind kind, unsigned threads) {
 
 /* ---- the methods among which the library has chosen for shared memfd memory ---- */
 
-enum method { POPULATE_WHOLE, POPULATE_CHUNKS, ALLOCATE_CHUNKS, BOTH_CHUNKS, BOTH_CHUNKS_READ, BOTH_WHOLE, METHODS };
+enum method {
+    POPULATE_WHOLE,
+    POPULATE_CHUNKS,
+    ALLOCATE_CHUNKS,
+    BOTH_CHUNKS,
+    BOTH_CHUNKS_READ,
+    BOTH_WHOLE,
+    METHODS
+};
 
 struct method_job {
     enum method method;
@@ -178,8 +187,12 @@ static uint64_t time_of_method(enum method method, unsigned threads) {
 
 static void methods_of_memfd_shared(void) {
     static const char *const names[METHODS] = {
-        "populate whole",         "populate, 2 MiB",          "allocate, 2 MiB",
-        "allocate+populate, 2 MiB", "allocate+populate-read, 2 MiB", "allocate+populate whole",
+        "populate whole",
+        "populate, 2 MiB",
+        "allocate, 2 MiB",
+        "allocate+populate, 2 MiB",
+        "allocate+populate-read, 2 MiB",
+        "allocate+populate whole",
     };
     for (unsigned threads = 1; threads <= MOST_THREADS; threads++) {
         char what[64];

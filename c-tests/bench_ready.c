@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The whole job, on a real KVM: how long until a guest's memory is ready, and how many stage-2 faults are left,
- * for every backing, with the library and with what people do without it. `cargo xtask bench` runs it in the bed
- * and judges.
+ * The whole job, on a real KVM: how long until a guest's memory is ready, and how many stage-2 faults are
+ * left, for every backing, with the library and with what people do without it. `cargo xtask bench` runs it
+ * in the bed and judges.
  *
- * Every measurement has a VM and memory of its own. Faults are counted over less memory than is timed: they are
- * exact whatever the size, and a guest that takes them all is slow.
+ * Every measurement has a VM and memory of its own. Faults are counted over less memory than is timed: they
+ * are exact whatever the size, and a guest that takes them all is slow.
  *
  * usage: bench_ready ROUNDS MEBIBYTES [CASE...]
  */

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The demonstration: a real guest writes every page of its memory, once for each backing and each way of getting
- * the memory ready, and the stage-2 faults it takes are counted. `cargo xtask demo` runs it and makes the table;
- * the lines it prints are for that command.
+ * The demonstration: a real guest writes every page of its memory, once for each backing and each way of
+ * getting the memory ready, and the stage-2 faults it takes are counted. `cargo xtask demo` runs it and makes
+ * the table; the lines it prints are for that command.
  *
  * usage: demo probe | demo MEBIBYTES
  */

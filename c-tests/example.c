@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* The README's example. It is compiled by `cargo xtask test`, which also sees to it that the README shows it. */
+/* The README's example. It is compiled by `cargo xtask test`, which also sees to it that the README shows it.
+ */
 #include <kvmprep.h>
 #include <stdio.h>
 

@@ -21,8 +21,9 @@
 
 #define SIZE (16 * MIB)
 #define PAGES (SIZE / PAGE)
-#define SMM_SLOT (1u << 16 | MEMORY_SLOT) /* the same number in the address space of system management mode  \
-                                           */
+#define SMM_SLOT                                                                                             \
+    (1u << 16 | MEMORY_SLOT) /* the same number in the address space of system management mode               \
+                              */
 
 static const struct kvmprep_range all = {.gpa = MEMORY_GPA, .size = SIZE};
 

@@ -97,7 +97,8 @@ fn where_a_look_costs_all_mappings_a_plan_takes_one_and_each_plan_its_own() {
         .collect();
     let mut record = SlotRecord::default();
     record.replace(&slot());
-    let wish = Wish { intent: Intent::Write, stage2: true, dirty_logged_too: false };
+    let wish =
+        Wish { intent: Intent::Write, stage2: true, dirty_logged_too: false, has_private_memory: true };
     let before = kernel.calls.load(Ordering::Relaxed);
     let plan = Plan::new(&kernel, &record, &[], wish).unwrap();
     assert_eq!(kernel.calls.load(Ordering::Relaxed) - before, 1);
@@ -116,9 +117,9 @@ fn a_guest_memfd_of_a_vm_without_private_memory_is_not_what_the_guest_sees() {
     slot.region.flags = MEM_GUEST_MEMFD;
     slot.region.guest_memfd = 7;
     record.replace(&slot);
-    let wish = Wish { intent: Intent::Write, stage2: true, dirty_logged_too: false };
     for (has_private_memory, host) in [(true, HostMethod::Allocate), (false, HostMethod::PopulateWrite)] {
-        let plan = Plan::on_vm(&anonymous(), &record, &[], wish, has_private_memory).unwrap();
+        let wish = Wish { intent: Intent::Write, stage2: true, dirty_logged_too: false, has_private_memory };
+        let plan = Plan::new(&anonymous(), &record, &[], wish).unwrap();
         assert_eq!(plan.segments[0].host, host);
     }
 }

@@ -52,8 +52,8 @@ static enum outcome run_case(const struct check_case *c) {
 }
 
 /*
- * A case that hangs is a failure of the whole run. Seen to by a thread, since the main one may be stuck where no
- * signal handler runs; the process's end gets even those out.
+ * A case that hangs is a failure of the whole run. Seen to by a thread, since the main one may be stuck where
+ * no signal handler runs; the process's end gets even those out.
  */
 static _Atomic(const char *) watched_case;
 static atomic_uint watched_since;

@@ -2,9 +2,9 @@
 /*
  * What a test says and how it ends.
  *
- * A test program is a list of cases. A case runs until its first failed check, which ends that case alone; a case
- * that cannot be run here says why and counts as skipped, never as passed. The last line gives the counts that
- * `cargo xtask test` reads. Cases use no cleanup on failure: each makes what it needs anew.
+ * A test program is a list of cases. A case runs until its first failed check, which ends that case alone; a
+ * case that cannot be run here says why and counts as skipped, never as passed. The last line gives the
+ * counts that `cargo xtask test` reads. Cases use no cleanup on failure: each makes what it needs anew.
  */
 #ifndef CHECK_H
 #define CHECK_H
@@ -44,8 +44,8 @@ _Noreturn void check_skipped(const char *format, ...) __attribute__((format(prin
     do {                                                                                                     \
         int check_r = (call);                                                                                \
         if (check_r < 0)                                                                                     \
-            check_failed(__FILE__, __LINE__, "%s: %d %s: %s [%s] slot %x gpa %llx size %llx", #call, check_r, \
-                         kvmprep_reason_name((err).reason), (err).message, (err).hint, (err).slot,           \
+            check_failed(__FILE__, __LINE__, "%s: %d %s: %s [%s] slot %x gpa %llx size %llx", #call,         \
+                         check_r, kvmprep_reason_name((err).reason), (err).message, (err).hint, (err).slot,  \
                          (unsigned long long)(err).gpa, (unsigned long long)(err).size);                     \
     } while (0)
 

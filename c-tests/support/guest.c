@@ -22,20 +22,20 @@ enum { WRITE_AT = 0, READ_AT = 32, LOOP_AT = 64 };
 
 /* edi: address, ecx: pages, eax: what to write. */
 static const unsigned char write_code[] = {
-    0x89, 0x07,                         /* 1: mov %eax, (%edi) */
-    0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, /* add $4096, %edi */
-    0x49,                               /* dec %ecx */
-    0x75, 0xf5,                         /* jnz 1b */
-    0xe6, DONE_PORT,                    /* out %al, $DONE_PORT */
-    0xf4,                               /* hlt */
+    0x89, 0x07,                              /* 1: mov %eax, (%edi) */
+    0x81, 0xc7,      0x00, 0x10, 0x00, 0x00, /* add $4096, %edi */
+    0x49,                                    /* dec %ecx */
+    0x75, 0xf5,                              /* jnz 1b */
+    0xe6, DONE_PORT,                         /* out %al, $DONE_PORT */
+    0xf4,                                    /* hlt */
 };
 static const unsigned char read_code[] = {
-    0x8b, 0x1f,                         /* 1: mov (%edi), %ebx */
-    0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, /* add $4096, %edi */
-    0x49,                               /* dec %ecx */
-    0x75, 0xf5,                         /* jnz 1b */
-    0xe6, DONE_PORT,                    /* out %al, $DONE_PORT */
-    0xf4,                               /* hlt */
+    0x8b, 0x1f,                              /* 1: mov (%edi), %ebx */
+    0x81, 0xc7,      0x00, 0x10, 0x00, 0x00, /* add $4096, %edi */
+    0x49,                                    /* dec %ecx */
+    0x75, 0xf5,                              /* jnz 1b */
+    0xe6, DONE_PORT,                         /* out %al, $DONE_PORT */
+    0xf4,                                    /* hlt */
 };
 static const unsigned char loop_code[] = {0xeb, 0xfe}; /* 1: jmp 1b */
 
@@ -162,7 +162,8 @@ bool kind_is_had(const struct vm *vm, enum kind kind, const char **why) {
 /* Grows the pool of huge pages so that `size` more bytes fit. */
 static void want_huge_pages(size_t size) {
     const char *pool = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
-    long all = number_in(pool), available = number_in("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
+    long all = number_in(pool),
+         available = number_in("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
     long need = (long)(size / HUGE_PAGE) - available;
     if (need <= 0)
         return;
@@ -215,9 +216,9 @@ static int guest_memfd(const struct vm *vm, uint64_t flags, size_t size) {
 
 struct memory memory_make(const struct vm *vm, enum kind kind, size_t size) {
     struct memory memory = {.kind = kind, .size = size, .fd = -1, .gmem = -1};
-    int flags = MAP_FIXED | (kind == MEMFD_SHARED || kind == HUGETLB_SHARED || kind == GMEM_SHARED
-                                 ? MAP_SHARED
-                                 : MAP_PRIVATE);
+    int flags =
+        MAP_FIXED |
+        (kind == MEMFD_SHARED || kind == HUGETLB_SHARED || kind == GMEM_SHARED ? MAP_SHARED : MAP_PRIVATE);
     const char *why;
     if (!kind_is_had(vm, kind, &why))
         check_skipped("%s: %s", kind_name(kind), why);

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The smallest guest that can show a stage-2 fault: a VM, vCPUs in flat 32-bit mode without paging, a page of code
- * at gpa 0, and memory of every backing that the library knows.
+ * The smallest guest that can show a stage-2 fault: a VM, vCPUs in flat 32-bit mode without paging, a page of
+ * code at gpa 0, and memory of every backing that the library knows.
  *
- * Everything here goes straight to KVM; the library under test is not used, so that it cannot flatter itself. A
- * failure ends the case (check.h), so call these on the main thread.
+ * Everything here goes straight to KVM; the library under test is not used, so that it cannot flatter itself.
+ * A failure ends the case (check.h), so call these on the main thread.
  */
 #ifndef GUEST_H
 #define GUEST_H
@@ -84,8 +84,8 @@ int slot_delete(const struct vm *vm, uint32_t slot);
 
 enum touch { TOUCH_READ, TOUCH_WRITE };
 /*
- * Runs the guest until it has touched one word in each 4 KiB page of [gpa, gpa + size), below 4 GiB. Returns 0, or
- * a negative errno of KVM_RUN. May be called on any thread.
+ * Runs the guest until it has touched one word in each 4 KiB page of [gpa, gpa + size), below 4 GiB. Returns
+ * 0, or a negative errno of KVM_RUN. May be called on any thread.
  */
 int guest_touch(struct vcpu *vcpu, enum touch touch, uint64_t gpa, uint64_t size);
 /* Starts the same without waiting for its end: sets the registers only. */

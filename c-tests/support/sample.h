@@ -18,8 +18,8 @@ static inline void sample(const char *what, const char *way, uint64_t value) {
 }
 
 /*
- * Which of `n` ways comes at place `i` of a round: each round begins with the next way, and every other one goes
- * backwards, so that no way always follows the same other.
+ * Which of `n` ways comes at place `i` of a round: each round begins with the next way, and every other one
+ * goes backwards, so that no way always follows the same other.
  */
 static inline unsigned in_turn(unsigned round, unsigned i, unsigned n) {
     unsigned place = round % 2 == 0 ? i : n - 1 - i;

@@ -28,11 +28,12 @@ struct setting setting_make_with_stage2(enum kind kind, size_t size);
 /* Frees the handle, which must have no jobs any more, and all else. */
 void setting_end(struct setting *s);
 
-/* A population of the setting's whole memory has left nothing to do, and nothing for the guest to fault on. */
+/* A population of the setting's whole memory has left nothing to do, and nothing for the guest to fault on.
+ */
 void check_all_is_done(struct setting *s, const struct kvmprep_populate_result *result);
 /*
- * The guest writes [gpa, gpa + size) on the first vCPU and takes no fault but that of its code page, if any. Does
- * nothing where stage 2 cannot be filled.
+ * The guest writes [gpa, gpa + size) on the first vCPU and takes no fault but that of its code page, if any.
+ * Does nothing where stage 2 cannot be filled.
  */
 void check_writes_do_not_fault(struct setting *s, uint64_t gpa, uint64_t size);
 

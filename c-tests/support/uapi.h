@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * KVM's interface as far as the tests need it beyond what <linux/kvm.h> of Debian 12 has (Linux 6.1). Defined only
- * where the header in use lacks it; the layouts are the kernel's.
+ * KVM's interface as far as the tests need it beyond what <linux/kvm.h> of Debian 12 has (Linux 6.1). Defined
+ * only where the header in use lacks it; the layouts are the kernel's.
  */
 #ifndef UAPI_H
 #define UAPI_H

@@ -119,6 +119,7 @@ impl Job {
             intent: options.intent,
             stage2: has_stage2 && !options.host_only,
             dirty_logged_too: options.dirty_logged_too,
+            has_private_memory: vm.caps()?.memory_attributes != 0,
         };
         let (slots, plan) = loop {
             let (slots, changes) = {

@@ -93,6 +93,8 @@ pub struct Wish {
     pub stage2: bool,
     /// Whether stage 2 of slots with a dirty log is wanted all the same.
     pub dirty_logged_too: bool,
+    /// Whether the VM has private memory at all: where not, a guest_memfd that is not mapped serves nobody.
+    pub has_private_memory: bool,
 }
 
 /// All segments, by place.
@@ -109,19 +111,8 @@ pub struct Plan {
 impl Plan {
     /// Plans `asked`, or, when that is empty, all memory that is not marked sparse or device.
     pub fn new(kernel: &dyn Kernel, slots: &SlotRecord, asked: &[Range], wish: Wish) -> Result<Self> {
-        Self::on_vm(kernel, slots, asked, wish, true)
-    }
-
-    /// As [`Plan::new`], for a VM that has private memory or has none.
-    pub fn on_vm(
-        kernel: &dyn Kernel,
-        slots: &SlotRecord,
-        asked: &[Range],
-        wish: Wish,
-        has_private_memory: bool,
-    ) -> Result<Self> {
         let mappings = Mappings::now(kernel).map_err(looking_up)?;
-        let host = &Host { kernel, mappings, has_private_memory };
+        let host = &Host { kernel, mappings, has_private_memory: wish.has_private_memory };
         let mut plan = Self::default();
         if asked.is_empty() {
             let all =

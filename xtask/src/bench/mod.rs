@@ -74,6 +74,11 @@ fn show(title: &str, part: Vec<Row>, all: &mut Vec<Row>) {
     all.extend(part);
 }
 
+/// What counts, not times, must be: instructions and heap allocations of a chunk.
+pub fn check_counts() -> Result<()> {
+    judge(&chunk::measure()?)
+}
+
 /// The result of the whole: an error for what repeats exactly and is not as it must be.
 fn judge(rows: &[Row]) -> Result<()> {
     let missed: Vec<&Row> = rows.iter().filter(|row| row.is_missed()).collect();
