@@ -132,7 +132,7 @@ fn check(
     slot: Memslot,
     intent: Intent,
 ) -> Result<(), Error> {
-    kernel.files.extend(files.iter().cloned());
+    kernel.files.extend(files.iter().map(|(path, text)| (path.to_string(), text.clone())));
     let (_, vm) = vm_of(kernel, slot);
     Job::new(&vm, &[], Options { check_free: true, intent, ..HOST_ONLY }).map(drop)
 }
@@ -271,7 +271,7 @@ fn a_pool_is_blamed_only_when_it_is_empty() {
         let mut kernel = fake(MappedObject::Hugetlb, true, HUGE);
         for (name, count) in [("free", free), ("resv", reserved), ("nr", "8")] {
             let path = format!("{POOL}/{name}_hugepages");
-            kernel.files.insert(path.leak(), format!("{count}\n"));
+            kernel.files.insert(path, format!("{count}\n"));
         }
         kernel
     };
@@ -304,7 +304,7 @@ fn memory_that_does_not_let_itself_be_populated_is_told_from_an_old_kernel() {
         [("5.10.0-30-amd64", ["Linux 5.14", ""]), ("6.12.1", ["KVMPREP_MEMSLOT_DEVICE", "PROT_NONE"])]
     {
         let mut kernel = anonymous();
-        kernel.files.insert("/proc/sys/kernel/osrelease", format!("{release}\n"));
+        kernel.files.insert("/proc/sys/kernel/osrelease".into(), format!("{release}\n"));
         let error =
             verdict(kernel, slot(), |kernel| kernel.fail(Call::Populate, 0, libc::EINVAL)).unwrap_err();
         assert_eq!((error.errno, error.reason), (libc::EOPNOTSUPP, Reason::KernelRefused));

@@ -45,7 +45,7 @@ pub struct Fake {
     /// Whether looking one up costs what all of them cost, as before Linux 6.11.
     pub has_no_query: bool,
     /// The content of files.
-    pub files: BTreeMap<&'static str, String>,
+    pub files: BTreeMap<String, String>,
     /// Every open file's kind and size.
     pub file_kind: FileKind,
     pub file_size: FileSize,
