@@ -1109,7 +1109,7 @@ int kvmprep_vm_new(const struct kvmprep_vm_config *config,
  * Frees a handle; NULL is accepted and does nothing. The VM itself and all descriptors stay as they are.
  *
  * Threads: any, but no other call on the handle may be under way or follow. Returns 0, or -EBUSY while jobs of
- * it live: the handle is then untouched. Free them first.
+ * it live (free them first), or -EINVAL (`vm` misaligned): the handle is then untouched.
  */
 int kvmprep_vm_free(struct kvmprep_vm *vm);
 
@@ -1394,7 +1394,8 @@ int kvmprep_job_fd(const struct kvmprep_job *job,
  * are waited for.
  *
  * Threads: any, but no other call on the job may be under way or follow. Returns 0, or -EBUSY while a caller's
- * thread is inside kvmprep_job_run(): the job is then cancelled, and must be freed again.
+ * thread is inside kvmprep_job_run(): the job is then cancelled, and must be freed again;
+ * or -EINVAL (`job` misaligned).
  */
 int kvmprep_job_free(struct kvmprep_job *job);
 

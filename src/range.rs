@@ -41,11 +41,6 @@ impl Range {
         self.end - self.start
     }
 
-    /// Whether both ends are page aligned.
-    pub fn is_page_aligned(&self) -> bool {
-        is_page_aligned(self.start | self.end)
-    }
-
     /// What it has in common with `other`.
     pub fn intersect(&self, other: &Self) -> Option<Self> {
         Self::between(self.start.max(other.start), self.end.min(other.end))

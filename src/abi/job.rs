@@ -300,7 +300,8 @@ pub unsafe extern "C" fn kvmprep_job_fd(job: *const kvmprep_job, err: *mut kvmpr
 /// are waited for.
 ///
 /// Threads: any, but no other call on the job may be under way or follow. Returns 0, or -EBUSY while a caller's
-/// thread is inside kvmprep_job_run(): the job is then cancelled, and must be freed again.
+/// thread is inside kvmprep_job_run(): the job is then cancelled, and must be freed again;
+/// or -EINVAL (`job` misaligned).
 ///
 /// # Safety
 /// `job` is NULL or a job that has not been freed.

@@ -258,7 +258,7 @@ pub unsafe extern "C" fn kvmprep_vm_new(
 /// Frees a handle; NULL is accepted and does nothing. The VM itself and all descriptors stay as they are.
 ///
 /// Threads: any, but no other call on the handle may be under way or follow. Returns 0, or -EBUSY while jobs of
-/// it live: the handle is then untouched. Free them first.
+/// it live (free them first), or -EINVAL (`vm` misaligned): the handle is then untouched.
 ///
 /// # Safety
 /// `vm` is NULL or a handle that has not been freed.
