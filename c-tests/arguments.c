@@ -83,6 +83,7 @@ static void no_handle(void) {
     CHECK_NULL(kvmprep_memslot_changing(NULL, 0, &err));
     CHECK_NULL(kvmprep_memslot_note(NULL, &slot, &err));
     CHECK_NULL(kvmprep_range_discarded(NULL, &range, &err));
+    CHECK_NULL(kvmprep_host_range_discarded(NULL, &range, 4096, &err));
     CHECK_NULL(kvmprep_get_coverage(NULL, &range, &coverage, sizeof(coverage), &err));
     CHECK_NULL(kvmprep_populate(NULL, &range, 1, NULL, &result, sizeof(result), &err));
     CHECK_NULL(kvmprep_job_new(NULL, &range, 1, NULL, &job, &err));
@@ -119,6 +120,7 @@ static void misaligned_handle(void) {
     CHECK_MISALIGNED(kvmprep_memslot_changing(bad_vm, 0, &err));
     CHECK_MISALIGNED(kvmprep_memslot_note(bad_vm, &slot, &err));
     CHECK_MISALIGNED(kvmprep_range_discarded(bad_vm, &range, &err));
+    CHECK_MISALIGNED(kvmprep_host_range_discarded(bad_vm, &range, 4096, &err));
     CHECK_MISALIGNED(kvmprep_get_coverage(bad_vm, &range, &coverage, sizeof(coverage), &err));
     CHECK_MISALIGNED(kvmprep_populate(bad_vm, &range, 1, NULL, &result, sizeof(result), &err));
     CHECK_MISALIGNED(kvmprep_job_new(bad_vm, &range, 1, NULL, &job, &err));
@@ -334,6 +336,7 @@ static void no_error_wanted(void) {
     CHECK_EQ(kvmprep_memslot_note(second, &s.slot, NULL), 0);
     CHECK_EQ(kvmprep_memslot_set(second, &s.slot, NULL), 0);
     CHECK_EQ(kvmprep_range_discarded(second, &range, NULL), 0);
+    CHECK_EQ(kvmprep_host_range_discarded(second, (void *)(uintptr_t)s.slot.hva, 4096, NULL), 0);
     CHECK_EQ(kvmprep_get_coverage(second, &range, &coverage, sizeof(coverage), NULL), 0);
     CHECK_EQ(kvmprep_populate(second, &range, 1, NULL, &result, sizeof(result), NULL), 0);
     CHECK_EQ(kvmprep_job_new(second, &range, 1, NULL, &job, NULL), 0);
@@ -579,6 +582,19 @@ static void ranges(void) {
         CHECK_ERR(kvmprep_job_run_near(job, -1, two, 2, &s.err), s.err, EINVAL, reason);
     }
     CHECK(out == NULL);
+    const struct {
+        uint64_t start, size;
+        uint32_t reason;
+    } host[] = {
+        {s.slot.hva, 0, KVMPREP_REASON_RANGE_EMPTY},
+        {s.slot.hva + 8, PAGE, KVMPREP_REASON_RANGE_UNALIGNED},
+        {s.slot.hva, PAGE + 8, KVMPREP_REASON_RANGE_UNALIGNED},
+        {s.slot.hva, 0 - PAGE, KVMPREP_REASON_RANGE_OVERFLOW},
+    };
+    for (size_t i = 0; i < sizeof(host) / sizeof(host[0]); i++)
+        CHECK_ERR(
+            kvmprep_host_range_discarded(narrow, (void *)(uintptr_t)host[i].start, host[i].size, &s.err),
+            s.err, EINVAL, host[i].reason);
     struct kvmprep_range beyond = range_of(1ull << 32, 2 * PAGE);
     CHECK_ERR(kvmprep_populate(narrow, &beyond, 1, NULL, NULL, 0, &s.err), s.err, EINVAL,
               KVMPREP_REASON_RANGE_BEYOND_GUEST);

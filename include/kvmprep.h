@@ -41,7 +41,7 @@
 /**
  * Major, minor and patch version of this header, as kvmprep_version() encodes them.
  */
-#define KVMPREP_VERSION 256
+#define KVMPREP_VERSION 512
 
 /**
  * In `slot` and `other_slot`: no slot is concerned.
@@ -1185,6 +1185,19 @@ int kvmprep_memslot_note(struct kvmprep_vm *vm,
 int kvmprep_range_discarded(struct kvmprep_vm *vm,
                             const struct kvmprep_range *range,
                             struct kvmprep_error *err);
+
+/**
+ * As kvmprep_range_discarded(), by where the memory is in this process: for a VMM that discards by host address,
+ * as a balloon does, whether or not guest memory lies there, and in how many slots. `size` bytes at `memory`,
+ * both multiples of 4096; each slot of address space 0 whose `hva` range has part in it loses that part.
+ *
+ * Threads: as kvmprep_memslot_changing(). Returns 0, or -EINVAL (`vm` NULL or misaligned, a bad range). Since
+ * kvmprep 0.2.
+ */
+int kvmprep_host_range_discarded(struct kvmprep_vm *vm,
+                                 const void *memory,
+                                 size_t size,
+                                 struct kvmprep_error *err);
 
 /**
  * Says what the library has populated of a range of address space 0, as far as it knows.

@@ -320,6 +320,13 @@ impl Vm {
         self.memory().coverage.discarded(range);
     }
 
+    /// Memory of this process is about to be discarded: whatever guest memory it is.
+    pub fn host_discarded(&self, host: Range) {
+        let guest: Vec<Range> =
+            self.memory().slots.of_address_space(0).filter_map(|(_, slot)| slot.gpas_of(host)).collect();
+        guest.into_iter().for_each(|range| self.discarded(range));
+    }
+
     /// How much of `range` is populated, and how much of it is memory at all.
     pub fn coverage(&self, range: Range) -> (u64, Covered) {
         let memory = self.memory();

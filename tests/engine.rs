@@ -336,6 +336,26 @@ fn what_is_covered_is_skipped_and_what_was_lost_is_not() {
 }
 
 #[test]
+fn a_discard_by_host_address_reaches_every_slot_that_has_the_memory() {
+    let (kernel, vm) = vm_of(fake());
+    // A second slot shows the last three MiB of the same memory once more, elsewhere.
+    let (alias, tail) = (GPA + 4 * SIZE, 3 << 20);
+    let mut second = slot(2, alias, tail);
+    second.region.hva = HVA + SIZE - tail;
+    vm.note(&second).unwrap();
+    visit(&kernel, &Job::new(&vm, &[], WRITE).unwrap(), Some(5));
+
+    // The last two pages, and memory behind them that is nobody's.
+    let host = Range { start: HVA + SIZE - 0x2000, end: HVA + SIZE + 0x3000 };
+    vm.host_discarded(host);
+    let covered = |start, end| vm.coverage(Range { start, end }).1.stage2_write;
+    assert_eq!(covered(GPA, GPA + 16 * HUGE), 16 * HUGE, "other frames keep their mappings");
+    assert_eq!(covered(GPA + SIZE - 0x2000, GPA + SIZE), 0);
+    assert!(covered(alias, alias + tail) > 0, "of a frame that is mapped whole, more may be lost");
+    assert_eq!(covered(alias + tail - 0x2000, alias + tail), 0);
+}
+
+#[test]
 fn the_deletion_of_another_slot_costs_stage_2_only() {
     let (kernel, vm) = vm_of(fake());
     let other = slot(9, 1 << 36, 0x1000);

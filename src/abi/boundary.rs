@@ -218,20 +218,29 @@ pub fn check_reserved(is_zero: bool, name: &str) -> Result<()> {
 
 /// A guest range from its start and size in bytes.
 pub fn range(gpa: u64, size: u64) -> Result<Range> {
+    checked_range("guest", gpa, size)
+}
+
+/// Checks a range of this process's memory, by the same rules.
+pub fn host_range(memory: *const c_void, size: usize) -> Result<Range> {
+    checked_range("host", memory as u64, size as u64)
+}
+
+fn checked_range(whose: &str, start: u64, size: u64) -> Result<Range> {
     let wrong = |reason, message: String| Error::invalid(reason, message);
     if size == 0 {
-        return Err(wrong(Reason::RangeEmpty, format!("the guest range at {gpa:#x} is empty"))
+        return Err(wrong(Reason::RangeEmpty, format!("the {whose} range at {start:#x} is empty"))
             .hint("leave empty ranges out"));
     }
-    if !is_page_aligned(gpa | size) {
+    if !is_page_aligned(start | size) {
         return Err(wrong(
             Reason::RangeUnaligned,
-            format!("the guest range at {gpa:#x} of {size:#x} bytes is not a multiple of 4096"),
+            format!("the {whose} range at {start:#x} of {size:#x} bytes is not a multiple of 4096"),
         )
         .hint("align its start and size to 4096 bytes"));
     }
-    Range::new(gpa, size).ok_or_else(|| {
-        wrong(Reason::RangeOverflow, format!("the guest range at {gpa:#x} of {size:#x} bytes wraps"))
+    Range::new(start, size).ok_or_else(|| {
+        wrong(Reason::RangeOverflow, format!("the {whose} range at {start:#x} of {size:#x} bytes wraps"))
             .hint("check where the range comes from")
     })
 }

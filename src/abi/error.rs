@@ -4,7 +4,7 @@ use crate::error::{Error, Reason};
 use std::ffi::c_char;
 
 /// Major, minor and patch version of this header, as kvmprep_version() encodes them.
-pub const KVMPREP_VERSION: u32 = 0x0000_0100;
+pub const KVMPREP_VERSION: u32 = 0x0000_0200;
 
 /// In `slot` and `other_slot`: no slot is concerned.
 pub const KVMPREP_NO_SLOT: u32 = 0xffff_ffff;

@@ -8,7 +8,7 @@ use crate::kvm::{Linux, MEM_GUEST_MEMFD, Region};
 use crate::memslot::{Backing, Memslot, Nature, check_guest_width};
 use crate::range::Range;
 use crate::vm::{Config, Vm};
-use std::ffi::c_int;
+use std::ffi::{c_int, c_void};
 use std::sync::Arc;
 
 /// Find out from the kernel what lies behind the slot. A slot with a guest_memfd that is not mapped at its hva is
@@ -413,6 +413,32 @@ pub unsafe extern "C" fn kvmprep_range_discarded(
             let range = reference(range, "range")?.decode()?;
             check_guest_width(range, vm.0.gpa_bits()?)?;
             vm.0.discarded(range);
+            Ok(0)
+        })
+    }
+}
+
+/// As kvmprep_range_discarded(), by where the memory is in this process: for a VMM that discards by host address,
+/// as a balloon does, whether or not guest memory lies there, and in how many slots. `size` bytes at `memory`,
+/// both multiples of 4096; each slot of address space 0 whose `hva` range has part in it loses that part.
+///
+/// Threads: as kvmprep_memslot_changing(). Returns 0, or -EINVAL (`vm` NULL or misaligned, a bad range). Since
+/// kvmprep 0.2.
+///
+/// # Safety
+/// `vm` is a handle, `err` points to a kvmprep_error or is NULL. `memory` is never read.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmprep_host_range_discarded(
+    vm: *mut kvmprep_vm,
+    memory: *const c_void,
+    size: usize,
+    err: *mut kvmprep_error,
+) -> c_int {
+    // SAFETY: passed on from the caller.
+    unsafe {
+        boundary(err, || {
+            let vm = reference(vm, "vm")?;
+            vm.0.host_discarded(host_range(memory, size)?);
             Ok(0)
         })
     }

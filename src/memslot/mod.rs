@@ -84,6 +84,12 @@ impl Memslot {
         Range::new(self.region.gpa, self.region.size)
     }
 
+    /// The guest memory that it has in `host`, a range of this process's.
+    pub fn gpas_of(&self, host: Range) -> Option<Range> {
+        let part = Range::new(self.region.hva, self.region.size)?.intersect(&host)?;
+        Range::new(self.region.gpa + (part.start - self.region.hva), part.size())
+    }
+
     /// Whether the guest may not write it.
     pub fn is_read_only(&self) -> bool {
         self.region.flags & MEM_READONLY != 0
