@@ -129,7 +129,7 @@ pub fn check_soname(library: &Path) -> Result<()> {
 }
 
 /// Names before a `(` at the start of a declaration: in the header, comments apart, only functions have one.
-fn declared_functions(header: &str) -> BTreeSet<String> {
+pub(crate) fn declared_functions(header: &str) -> BTreeSet<String> {
     let declarations = header.lines().filter(|line| !line.trim_start().starts_with(['*', '/', '#', ' ']));
     declarations
         .filter_map(|line| line.split_once('('))

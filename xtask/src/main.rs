@@ -5,6 +5,7 @@ mod bed;
 mod bench;
 mod demo;
 mod lanes;
+mod man;
 mod msrv;
 mod programs;
 mod project;
@@ -36,6 +37,8 @@ enum Command {
     Bed(bed::Cli),
     /// The C interface: write the header, or check that it is current.
     Abi(abi::Cli),
+    /// Hold the man pages against the header.
+    Man,
 }
 
 fn main() -> ExitCode {
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
         Command::Bench(cli) => bench::main(cli),
         Command::Bed(cli) => bed::main(cli),
         Command::Abi(cli) => abi::main(cli),
+        Command::Man => man::main(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -7,6 +7,7 @@ use crate::abi;
 use crate::bed::{self, Bed, Guest, Kernel, ResolveError};
 use crate::bench;
 use crate::lanes::{self, Counts, Lane, cargo_counts, case_counts};
+use crate::man;
 use crate::msrv;
 use crate::programs::{self, Programs};
 use crate::project;
@@ -104,6 +105,7 @@ fn source_lane() -> Result<Lane> {
         lane.check(&format!("header, {compiler} {standard}"), header_compiles(compiler, "c++", standard));
     }
     lane.check("the README's example", readme_example(&built));
+    man::check(&mut lane, &built);
     lane.check("what a chunk costs", bench::check_counts());
     Ok(lane)
 }
