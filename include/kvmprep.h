@@ -1039,21 +1039,21 @@ int kvmprep_probe(int kvm_fd,
  * return, error or not, what it holds is what is left, with size 0 for nothing. All of it must lie in memslots
  * of the address space that the vCPU is in.
  *
- * Threads: the one that owns the vCPU. The call waits, unkillable by ordinary signals, while another thread is
- * in KVM_RUN on this vCPU, and for memory registered with userfaultfd. A failed call overwrites the exit
- * reason in kvm_run: make it with no userspace exit pending. When: after KVM_SET_CPUID2 (which may change the
- * number of page-table levels), not in SMM, not while a nested guest runs, and not while any memslot is deleted or
- * moved, unless mappings are kept (kvmprep_keep_mappings()): else the kernel spins in this call until a signal
+ * Threads: the one that owns the vCPU. The call waits, unkillable by ordinary signals, while another thread is in
+ * KVM_RUN on this vCPU; and, until a signal comes, for memory registered with userfaultfd. A failed call overwrites
+ * the exit reason in kvm_run: make it with no userspace exit pending. When: after KVM_SET_CPUID2 (which may change
+ * the number of page-table levels), not in SMM, not while a nested guest runs, and not while any memslot is deleted
+ * or moved, unless mappings are kept (kvmprep_keep_mappings()): else the kernel spins in this call until a signal
  * comes (Linux 6.11 to 7.3 at least), and the deletion may wait for it. Before Linux 6.15, wherever there is a
  * pre-fault, a deletion of the past would do the same to a vCPU that has not been in KVM_RUN since: there the
  * library writes the vCPU's EFER and puts it back before each pre-fault, in jobs too. Nobody may read or save that
  * vCPU's state meanwhile.
  *
- * Returns 0, or -EINVAL (`remaining` NULL, misaligned, empty, unaligned, wrapping, beyond the host's address
- * width, or not a vCPU), -EBADF, -EINTR (a signal: call again), -ENOENT (no memslot at `remaining->gpa`),
+ * Returns 0, or -EINVAL (`remaining` NULL, misaligned, empty, unaligned, wrapping, beyond the host's address width),
+ * -EINVAL or -ENOTTY (not a vCPU), -EBADF, -EINTR (a signal: call again), -ENOENT (no memslot at `remaining->gpa`),
  * -EFAULT (nothing mapped there in the host), -EAGAIN (its slot is being deleted, for two seconds), -EOPNOTSUPP
- * (reason NO_STAGE2: not this kernel or host; VCPU_REFUSED: not this vCPU now), -ENOMEM, -EHWPOISON, -EIO (dead
- * or another process's VM).
+ * (reason NO_STAGE2: not this kernel or host; VCPU_REFUSED: not this vCPU now), -ENOMEM, -EHWPOISON, -EIO (dead or
+ * another process's VM).
  */
 int kvmprep_vcpu_pre_fault(int vcpu_fd,
                            struct kvmprep_range *remaining,
@@ -1070,7 +1070,8 @@ int kvmprep_vcpu_pre_fault(int vcpu_fd,
  * one call of its own, KVM_X86_QUIRK_SLOT_ZAP_ALL (128) among them, instead of this one, and tells the handle by
  * KVMPREP_VM_MAPPINGS_ARE_KEPT.
  *
- * Threads: any; before slots are deleted. Returns 0, or -EBADF, -EOPNOTSUPP (not this kernel), -EIO.
+ * Threads: any; before slots are deleted. Returns 0, or -EBADF, -EINVAL or -ENOTTY (not a VM), -EOPNOTSUPP (not
+ * this kernel), -EIO.
  */
 int kvmprep_keep_mappings(int vm_fd,
                           struct kvmprep_error *err);
@@ -1131,8 +1132,9 @@ int kvmprep_vm_set_memslots(struct kvmprep_vm *vm,
  * calls KVM_SET_USER_MEMORY_REGION (2 with a guest_memfd, Linux 6.8) and notes the change.
  *
  * Threads: any; changes of one slot must not race with each other. Waits for workers as
- * kvmprep_memslot_changing() does. Returns 0, or -EINVAL (malformed), -EEXIST (it overlaps another slot, which
- * `err` names), or what KVM answered. On error the slot is as it was before.
+ * kvmprep_memslot_changing() does. Returns 0, or -EINVAL (malformed), -EBADF (a descriptor in it is negative),
+ * -EEXIST (it overlaps another slot, which `err` names), or what KVM answered. On error the slot is as it was
+ * before.
  */
 int kvmprep_memslot_set(struct kvmprep_vm *vm,
                         const struct kvmprep_memslot *slot,
@@ -1249,8 +1251,9 @@ int kvmprep_get_coverage(const struct kvmprep_vm *vm,
  * REQUIRE_STAGE2, dirty-logged), -EACCES (a mapping that cannot be written), -EFAULT (memory that is not mapped
  * or whose file is too short), -ENOMEM (no memory, or the pool of huge pages that the message names is empty),
  * -EOPNOTSUPP (REQUIRE_STAGE2; no MADV_POPULATE on this kernel, or not for this memory), -EAGAIN (a slot's deletion
- * that was not announced and did not end; or no thread could be started), -EHWPOISON, -EIO (VM dead or another
- * process's), -EINVAL and -EBADF for bad arguments, -E2BIG (a newer caller's options).
+ * that was not announced and did not end; or no thread could be started), -EMFILE (no descriptor
+ * for an event), -EHWPOISON, -EIO (VM dead or another process's), -EINVAL and -EBADF for bad arguments, -E2BIG (a
+ * newer caller's options).
  */
 int kvmprep_populate(struct kvmprep_vm *vm,
                      const struct kvmprep_range *ranges,

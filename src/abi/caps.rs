@@ -120,21 +120,21 @@ impl Patience for OneCall<'_> {
 /// return, error or not, what it holds is what is left, with size 0 for nothing. All of it must lie in memslots
 /// of the address space that the vCPU is in.
 ///
-/// Threads: the one that owns the vCPU. The call waits, unkillable by ordinary signals, while another thread is
-/// in KVM_RUN on this vCPU, and for memory registered with userfaultfd. A failed call overwrites the exit
-/// reason in kvm_run: make it with no userspace exit pending. When: after KVM_SET_CPUID2 (which may change the
-/// number of page-table levels), not in SMM, not while a nested guest runs, and not while any memslot is deleted or
-/// moved, unless mappings are kept (kvmprep_keep_mappings()): else the kernel spins in this call until a signal
+/// Threads: the one that owns the vCPU. The call waits, unkillable by ordinary signals, while another thread is in
+/// KVM_RUN on this vCPU; and, until a signal comes, for memory registered with userfaultfd. A failed call overwrites
+/// the exit reason in kvm_run: make it with no userspace exit pending. When: after KVM_SET_CPUID2 (which may change
+/// the number of page-table levels), not in SMM, not while a nested guest runs, and not while any memslot is deleted
+/// or moved, unless mappings are kept (kvmprep_keep_mappings()): else the kernel spins in this call until a signal
 /// comes (Linux 6.11 to 7.3 at least), and the deletion may wait for it. Before Linux 6.15, wherever there is a
 /// pre-fault, a deletion of the past would do the same to a vCPU that has not been in KVM_RUN since: there the
 /// library writes the vCPU's EFER and puts it back before each pre-fault, in jobs too. Nobody may read or save that
 /// vCPU's state meanwhile.
 ///
-/// Returns 0, or -EINVAL (`remaining` NULL, misaligned, empty, unaligned, wrapping, beyond the host's address
-/// width, or not a vCPU), -EBADF, -EINTR (a signal: call again), -ENOENT (no memslot at `remaining->gpa`),
+/// Returns 0, or -EINVAL (`remaining` NULL, misaligned, empty, unaligned, wrapping, beyond the host's address width),
+/// -EINVAL or -ENOTTY (not a vCPU), -EBADF, -EINTR (a signal: call again), -ENOENT (no memslot at `remaining->gpa`),
 /// -EFAULT (nothing mapped there in the host), -EAGAIN (its slot is being deleted, for two seconds), -EOPNOTSUPP
-/// (reason NO_STAGE2: not this kernel or host; VCPU_REFUSED: not this vCPU now), -ENOMEM, -EHWPOISON, -EIO (dead
-/// or another process's VM).
+/// (reason NO_STAGE2: not this kernel or host; VCPU_REFUSED: not this vCPU now), -ENOMEM, -EHWPOISON, -EIO (dead or
+/// another process's VM).
 ///
 /// # Safety
 /// `remaining` points to a kvmprep_range, `err` to a kvmprep_error or is NULL.
@@ -194,7 +194,8 @@ fn sort(asked: Range, outcome: Outcome) -> (Option<Range>, Option<Error>) {
 /// one call of its own, KVM_X86_QUIRK_SLOT_ZAP_ALL (128) among them, instead of this one, and tells the handle by
 /// KVMPREP_VM_MAPPINGS_ARE_KEPT.
 ///
-/// Threads: any; before slots are deleted. Returns 0, or -EBADF, -EOPNOTSUPP (not this kernel), -EIO.
+/// Threads: any; before slots are deleted. Returns 0, or -EBADF, -EINVAL or -ENOTTY (not a VM), -EOPNOTSUPP (not
+/// this kernel), -EIO.
 ///
 /// # Safety
 /// `err` points to a kvmprep_error or is NULL.

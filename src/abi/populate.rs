@@ -387,8 +387,9 @@ pub(super) fn check_thread_count(threads: u32) -> Result<u32> {
 /// REQUIRE_STAGE2, dirty-logged), -EACCES (a mapping that cannot be written), -EFAULT (memory that is not mapped
 /// or whose file is too short), -ENOMEM (no memory, or the pool of huge pages that the message names is empty),
 /// -EOPNOTSUPP (REQUIRE_STAGE2; no MADV_POPULATE on this kernel, or not for this memory), -EAGAIN (a slot's deletion
-/// that was not announced and did not end; or no thread could be started), -EHWPOISON, -EIO (VM dead or another
-/// process's), -EINVAL and -EBADF for bad arguments, -E2BIG (a newer caller's options).
+/// that was not announced and did not end; or no thread could be started), -EMFILE (no descriptor
+/// for an event), -EHWPOISON, -EIO (VM dead or another process's), -EINVAL and -EBADF for bad arguments, -E2BIG (a
+/// newer caller's options).
 ///
 /// # Safety
 /// Each pointer is NULL where that is allowed or points to what its type and count say.

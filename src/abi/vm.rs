@@ -311,8 +311,9 @@ pub unsafe extern "C" fn kvmprep_vm_set_memslots(
 /// calls KVM_SET_USER_MEMORY_REGION (2 with a guest_memfd, Linux 6.8) and notes the change.
 ///
 /// Threads: any; changes of one slot must not race with each other. Waits for workers as
-/// kvmprep_memslot_changing() does. Returns 0, or -EINVAL (malformed), -EEXIST (it overlaps another slot, which
-/// `err` names), or what KVM answered. On error the slot is as it was before.
+/// kvmprep_memslot_changing() does. Returns 0, or -EINVAL (malformed), -EBADF (a descriptor in it is negative),
+/// -EEXIST (it overlaps another slot, which `err` names), or what KVM answered. On error the slot is as it was
+/// before.
 ///
 /// # Safety
 /// `vm` is a handle, `slot` points to a kvmprep_memslot, `err` to a kvmprep_error or is NULL.
