@@ -2,6 +2,7 @@
 //!
 //! What cbindgen cannot be told to write is put right here; what C programmers read is written in the Rust sources.
 
+use crate::programs::Programs;
 use crate::project;
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::BTreeSet;
@@ -27,8 +28,7 @@ pub fn main(cli: Cli) -> Result<()> {
         Action::Header => std::fs::write(header_path(), generate()?).context("cannot write the header"),
         Action::Check => {
             check_header()?;
-            project::run(project::cargo().args(["build", "--release", "--package", "kvmprep"]))?;
-            check_symbols(&project::target().join("release/libkvmprep.so"))
+            check_symbols(&Programs::prepare()?.library())
         }
     }
 }
@@ -143,7 +143,9 @@ fn exported_symbols(library: &Path) -> Result<BTreeSet<String>> {
     let text = project::run(
         Command::new("nm").args(["--dynamic", "--defined-only", "--format=posix"]).arg(library),
     )?;
-    Ok(text.lines().filter_map(|line| line.split(' ').next()).map(str::to_owned).collect())
+    // NAME@@VERSION, and the versions themselves, which are absolute.
+    let symbols = text.lines().filter(|line| !line.contains(" A "));
+    Ok(symbols.filter_map(|line| line.split([' ', '@']).next()).map(str::to_owned).collect())
 }
 
 #[cfg(test)]

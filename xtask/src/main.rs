@@ -4,6 +4,7 @@ mod abi;
 mod bed;
 mod bench;
 mod demo;
+mod install;
 mod lanes;
 mod man;
 mod msrv;
@@ -35,6 +36,8 @@ enum Command {
     Bench(bench::Cli),
     /// Boot real Linux kernels with real KVM under emulation.
     Bed(bed::Cli),
+    /// Build the library and install it, as CMake does.
+    Install(install::Cli),
     /// The C interface: write the header, or check that it is current.
     Abi(abi::Cli),
     /// Hold the man pages against the header.
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
         Command::Soak(cli) => soak::main(cli),
         Command::Bench(cli) => bench::main(cli),
         Command::Bed(cli) => bed::main(cli),
+        Command::Install(cli) => install::main(cli),
         Command::Abi(cli) => abi::main(cli),
         Command::Man => man::main(),
     };
