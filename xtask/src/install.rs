@@ -1,0 +1,75 @@
+//! `cargo xtask install`: the library as it is shipped, built and installed.
+//!
+//! CMake knows how, here it is only driven, so that there is one way and no second. Whatever of ours needs the library
+//! gets it by this way too: what is tested is what is installed.
+
+use crate::project;
+use crate::setup;
+use anyhow::{Context, Result};
+use rustix::fs::{FlockOperation, flock};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+#[derive(clap::Args)]
+pub struct Cli {
+    /// Where the library is to be used.
+    #[arg(long, default_value = "/usr/local")]
+    prefix: PathBuf,
+    /// Put everything beneath this directory instead of the root: for packages.
+    #[arg(long, value_name = "DIRECTORY")]
+    destdir: Option<PathBuf>,
+    /// The directory for libraries, beneath the prefix or absolute, where the distribution's own is not wanted.
+    #[arg(long, value_name = "DIRECTORY")]
+    libdir: Option<PathBuf>,
+}
+
+pub fn main(cli: Cli) -> Result<()> {
+    let said = install(&cli.prefix, cli.destdir.as_deref(), cli.libdir.as_deref())?;
+    print!("{said}");
+    Ok(())
+}
+
+/// Builds what is not built yet and installs it; returns what CMake said of that.
+pub fn install(prefix: &Path, destdir: Option<&Path>, libdir: Option<&Path>) -> Result<String> {
+    setup::require_packages(&["binutils", "cmake", "gcc", "libc6-dev", "make"])?;
+    let build = project::output()?.join("build");
+    // Each sets the build's directories to its own.
+    let _alone = lock(&build.with_extension("lock"))?;
+    configure(&build, prefix, libdir)?;
+    project::run(Command::new("cmake").arg("--build").arg(&build)).context("the library does not build")?;
+    let mut install = Command::new("cmake");
+    install.arg("--install").arg(&build).env_remove("DESTDIR");
+    if let Some(destdir) = destdir {
+        install.env("DESTDIR", std::path::absolute(destdir)?);
+    }
+    project::run(&mut install)
+}
+
+fn configure(build: &Path, prefix: &Path, libdir: Option<&Path>) -> Result<()> {
+    let mut cmake = Command::new("cmake");
+    cmake.arg("-S").arg(project::root()).arg("-B").arg(build).args(["-G", "Unix Makefiles"]);
+    // Another installation's directories may be left there.
+    cmake.args(["-U", "CMAKE_INSTALL_*"]);
+    cmake.arg(define("CMAKE_INSTALL_PREFIX", &std::path::absolute(prefix)?));
+    if let Some(libdir) = libdir {
+        cmake.arg(define("CMAKE_INSTALL_LIBDIR", libdir));
+    }
+    cmake.arg(define("KVMPREP_CARGO", Path::new(project::cargo().get_program())));
+    cmake.arg("-DCMAKE_BUILD_TYPE=Release");
+    project::run(&mut cmake).map(drop)
+}
+
+/// An option that sets a path in CMake's cache. Untyped: CMake would make a relative one absolute by itself.
+pub fn define(name: &str, path: &Path) -> std::ffi::OsString {
+    let mut option = std::ffi::OsString::from(format!("-D{name}:STRING="));
+    option.push(path);
+    option
+}
+
+/// Waits for other commands of ours that build; the kernel lets go when the file is closed.
+fn lock(path: &Path) -> Result<File> {
+    let file = File::create(path).with_context(|| format!("cannot make {}", path.display()))?;
+    flock(&file, FlockOperation::LockExclusive).with_context(|| format!("cannot lock {}", path.display()))?;
+    Ok(file)
+}
