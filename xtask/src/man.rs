@@ -16,6 +16,7 @@ use anyhow::{Context, Result, bail};
 use header::{Header, squeezed};
 use page::{Page, joined};
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Instant;
 
@@ -40,6 +41,7 @@ pub fn check(lane: &mut Lane, programs: &Programs) {
     lane.check("man pages, prototypes", verdict(manual.wrong_prototypes()));
     lane.check("man pages, structs", verdict(manual.wrong_structs()));
     lane.check("man pages, errors", verdict(manual.missing_errors()));
+    lane.check("man pages, errnos that exist", manual.check_errnos());
     lane.check("man pages, references", verdict(manual.dead_references()));
     lane.check("man pages, examples", manual.check_examples(programs));
 }
@@ -183,15 +185,17 @@ impl Manual {
     }
 
     fn wrong_prototypes(&self) -> Vec<String> {
+        let functions = self.header.functions.iter().map(|(name, function)| (name, &function.prototype));
         let mut complaints = Vec::new();
-        for (name, function) in &self.header.functions {
-            let Some(page) = self.page(&format!("{name}(3)")) else { continue };
+        for (name, declaration) in functions.chain(&self.header.callbacks) {
+            let Some(page) = self.shown(name) else { continue };
             let synopsis = joined(page.section("SYNOPSIS"));
-            if !synopsis.contains(&function.prototype) {
+            // Once, and no other beside it.
+            let around: Vec<&str> = synopsis.split(declaration.as_str()).collect();
+            if around.len() != 2 || around.iter().any(|text| text.contains('(')) {
                 complaints.push(format!(
-                    "{}: SYNOPSIS says\n  {synopsis}\nand the header\n  {}",
-                    page.title(),
-                    function.prototype
+                    "{}: SYNOPSIS says\n  {synopsis}\nand the header\n  {declaration}",
+                    page.title()
                 ));
             }
         }
@@ -261,11 +265,19 @@ impl Manual {
         complaints
     }
 
+    /// Asks the compiler for each errno that a page names.
+    fn check_errnos(&self) -> Result<()> {
+        let told: BTreeSet<String> = self.written().flat_map(|page| header::errnos(&page.text())).collect();
+        let list = told.into_iter().map(|errno| errno.replace('-', "    ") + ",\n").collect::<String>();
+        let file = examples_directory()?.join("errnos.c");
+        std::fs::write(&file, format!("#include <errno.h>\nconst int errnos[] = {{\n{list}}};\n"))
+            .with_context(|| format!("cannot write {}", file.display()))?;
+        project::run(Command::new("cc").args(C_FLAGS).arg("-fsyntax-only").arg(&file)).map(drop)
+    }
+
     /// Compiles every example as its reader would; a whole program is linked.
     fn check_examples(&self, programs: &Programs) -> Result<()> {
-        let directory = project::output()?.join("man");
-        std::fs::create_dir_all(&directory)
-            .with_context(|| format!("cannot make {}", directory.display()))?;
+        let directory = examples_directory()?;
         let mut complaints = Vec::new();
         let mut count = 0;
         for page in self.written() {
@@ -291,6 +303,13 @@ impl Manual {
         }
         verdict(complaints)
     }
+}
+
+/// Where what is compiled of pages lies.
+fn examples_directory() -> Result<PathBuf> {
+    let directory = project::output()?.join("man");
+    std::fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
+    Ok(directory)
 }
 
 /// What a page's NAME line says it is about.

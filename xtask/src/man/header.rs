@@ -11,8 +11,10 @@ pub struct Header {
     pub functions: BTreeMap<String, Function>,
     /// Of structs that are declared in full: text and fields.
     pub structs: BTreeMap<String, Struct>,
-    /// Every struct, opaque ones too, and every type that has a name without `struct`.
+    /// Every struct, opaque ones too, and every callback.
     pub types: BTreeSet<String>,
+    /// Of callbacks: the `typedef` in one line.
+    pub callbacks: BTreeMap<String, String>,
     /// Macros that stand for a value.
     pub constants: BTreeSet<String>,
     /// Every name that there is.
@@ -58,14 +60,16 @@ impl Header {
             functions.insert(name, function);
         }
         let structs = structs(&code);
+        let callbacks = callbacks(&statements);
         ensure!(
             !functions.is_empty() && !structs.is_empty(),
             "nothing found in the header: the check is broken"
         );
         Ok(Self {
             functions,
+            types: opaque(&code).iter().chain(structs.keys()).chain(callbacks.keys()).cloned().collect(),
             structs,
-            types: types(&code),
+            callbacks,
             constants: constants(&code).map(|(name, _)| name.to_owned()).collect(),
             names: names(&code).map(|(name, _)| name.to_owned()).collect(),
             version: version(&code).context("no KVMPREP_VERSION")?,
@@ -142,14 +146,21 @@ fn structs(code: &str) -> BTreeMap<String, Struct> {
     structs
 }
 
-fn types(code: &str) -> BTreeSet<String> {
-    let named = |after: &'static str| {
-        code.split(after)
-            .skip(1)
-            .filter_map(|rest| names(rest).next().filter(|(name, _)| rest.starts_with(name)))
-    };
-    // A typedef of ours is a function's: `typedef int (*NAME)(`.
-    named("struct ").chain(named("(*")).map(|(name, _)| name.to_owned()).collect()
+/// The structs of which only the name is told.
+fn opaque(code: &str) -> BTreeSet<String> {
+    let names = code.lines().filter_map(|line| line.strip_prefix("struct ")?.strip_suffix(';'));
+    names.map(str::to_owned).collect()
+}
+
+/// `typedef int (*NAME)(…);`
+fn callbacks(statements: &[String]) -> BTreeMap<String, String> {
+    let typedefs = statements.iter().filter(|statement| statement.starts_with("typedef "));
+    typedefs
+        .filter_map(|statement| {
+            let (name, _) = statement.split_once("(*")?.1.split_once(')')?;
+            Some((name.to_owned(), statement.clone()))
+        })
+        .collect()
 }
 
 /// `#define NAME VALUE`, the header's own machinery apart.
@@ -189,6 +200,10 @@ extern \"C\" {\n/**\n * No error: -EPERM.\n */\nuint32_t kvmprep_a(void);\n\n\
         assert_eq!(
             range.declaration,
             "struct kvmprep_range { uint64_t gpa; uint64_t reserved[2]; const int *fds; };"
+        );
+        assert_eq!(
+            header.callbacks["kvmprep_fn"],
+            "typedef int (*kvmprep_fn)(const struct kvmprep_range *range);"
         );
         assert_eq!(header.types.iter().collect::<Vec<_>>(), ["kvmprep_fn", "kvmprep_range", "kvmprep_vm"]);
         assert_eq!(header.constants.iter().collect::<Vec<_>>(), ["KVMPREP_VERSION"]);
