@@ -150,7 +150,7 @@ fn parse_line(source: &str) -> Result<Line> {
         "IR" | "IB" => (words.concat(), words.first().cloned()),
         "RI" | "BI" => (words.concat(), words.get(1).cloned()),
         "BR" | "RB" => (words.concat(), None),
-        "PP" | "TP" | "IP" | "RS" | "RE" | "nf" | "fi" | "EX" | "EE" | "TS" | "TE" | "so" => {
+        "PP" | "TP" | "IP" | "RS" | "RE" | "br" | "nf" | "fi" | "EX" | "EE" | "TS" | "TE" | "so" => {
             (String::new(), None)
         }
         _ => bail!("our pages do without .{request}"),
