@@ -22,6 +22,9 @@ const SUITES: [&str; 6] = ["bookworm", "bookworm-backports", "trixie", "trixie-b
 /// The architecture of all but what is asked for by another name.
 const ARCHITECTURE: &str = "amd64";
 
+/// What Debian calls the architecture of a source package.
+const SOURCE: &str = "source";
+
 /// The private apt.
 pub struct Apt<'a> {
     dir: PathBuf,
@@ -86,6 +89,18 @@ impl<'a> Apt<'a> {
         unpack_all(work.path(), into).map(drop)
     }
 
+    /// Downloads the newest source package `name` in `suites`, verified and still packed, into `into`. Answers with
+    /// its version. Its lists are fetched for this alone, too.
+    pub fn source(&self, suites: &[&str], name: &str, into: &Path) -> Result<String> {
+        let complaint = self.update(suites, SOURCE)?.unwrap_or_default();
+        let mut command = self.bare_command("apt-get", suites, SOURCE)?;
+        fs::create_dir_all(into)?;
+        command.args(["source", "--download-only", "--only-source", name]).current_dir(into);
+        self.check(process::capture(&mut command)?, &[name.to_string()])
+            .with_context(|| format!("the source of {name} {complaint}"))?;
+        source_version(into).with_context(|| format!("apt left no source of {name}"))
+    }
+
     /// A package that cannot be had is not a failure of the bed's, and is told apart.
     fn check(&self, got: Captured, packages: &[String]) -> Result<()> {
         if got.success {
@@ -147,6 +162,7 @@ impl<'a> Apt<'a> {
 
     fn configuration(&self, sources: &Path, architecture: &str) -> String {
         let dir = self.dir.display();
+        let architecture = if architecture == SOURCE { ARCHITECTURE } else { architecture };
         // The hooks of the machine's configuration are about the machine's lists, and may delete its caches.
         // Each suite set is another view of the same lists, which a package cache file would confuse. "_apt"
         // cannot read a home directory.
@@ -182,11 +198,20 @@ Acquire::Retries "3";
 fn source_list(mirror: &Mirror, suites: &[&str], architecture: &str) -> String {
     let signed_by =
         mirror.signed_by.as_ref().map(|value| format!("Signed-By: {value}\n")).unwrap_or_default();
-    format!(
-        "Types: deb\nURIs: {}\nSuites: {}\nComponents: main\nArchitectures: {architecture}\nTargets: Packages\n{signed_by}",
-        mirror.uri,
-        suites.join(" "),
-    )
+    let kind = match architecture {
+        SOURCE => "Types: deb-src\nTargets: Sources\n".to_string(),
+        _ => format!("Types: deb\nTargets: Packages\nArchitectures: {architecture}\n"),
+    };
+    format!("{kind}URIs: {}\nSuites: {}\nComponents: main\n{signed_by}", mirror.uri, suites.join(" "))
+}
+
+/// The version that the one source description in `dir` gives.
+fn source_version(dir: &Path) -> Result<String> {
+    let mut files = fs::read_dir(dir)?.flatten().map(|entry| entry.path());
+    let description = files.find(|path| path.extension().is_some_and(|extension| extension == "dsc"));
+    let text = fs::read_to_string(description.context("it has no description")?)?;
+    let version = text.lines().find_map(|line| line.strip_prefix("Version: "));
+    Ok(version.context("its description names no version")?.trim().to_string())
 }
 
 /// Unpacks every package in `from`, in order of name, and answers with their versions.
@@ -216,6 +241,8 @@ mod tests {
         assert!(text.contains("URIs: ftp://mirror.example/debian\nSuites: trixie sid\n"), "{text}");
         assert!(text.contains("\nArchitectures: arm64\n"), "{text}");
         assert!(text.ends_with("Signed-By: /k.gpg\n"), "{text}");
+        let sources = source_list(&mirror, &["trixie"], SOURCE);
+        assert!(sources.starts_with("Types: deb-src\n") && !sources.contains("Architectures"), "{sources}");
         assert!(!source_list(&Mirror { signed_by: None, ..mirror }, &["sid"], "amd64").contains("Signed-By"));
     }
 }
