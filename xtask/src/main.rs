@@ -3,8 +3,11 @@
 mod abi;
 mod bed;
 mod bench;
+mod consumers;
 mod demo;
 mod install;
+mod install_lane;
+mod installed;
 mod lanes;
 mod man;
 mod msrv;

@@ -6,6 +6,7 @@
 use crate::abi;
 use crate::bed::{self, Bed, Guest, Kernel, ResolveError};
 use crate::bench;
+use crate::install_lane;
 use crate::lanes::{self, Counts, Lane, cargo_counts, case_counts};
 use crate::man;
 use crate::msrv;
@@ -19,7 +20,7 @@ use std::time::{Duration, Instant};
 
 #[derive(clap::Args)]
 pub struct Cli {
-    /// Only these lanes: source, msrv, native, 6.1, 6.12, newest, private.
+    /// Only these lanes: source, msrv, install, native, 6.1, 6.12, newest, private.
     #[arg(long = "lane", value_name = "LANE")]
     lanes: Vec<String>,
     /// Only these C tests.
@@ -44,6 +45,9 @@ pub fn main(cli: Cli) -> Result<()> {
     }
     if wants("msrv") {
         lanes.push(msrv::lane(&bed)?);
+    }
+    if wants("install") {
+        lanes.push(install_lane::lane()?);
     }
     let tests = Tests::build(&cli.programs)?;
     if wants("native") {
@@ -153,10 +157,11 @@ fn cargo_tests(lane: &mut Lane, what: &str, arguments: &[&str], environment: &[(
 
 fn c_sources() -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
-    for directory in ["c-tests", "c-tests/support"] {
+    for directory in ["c-tests", "c-tests/support", "consumers/src"] {
         for entry in std::fs::read_dir(project::root().join(directory))? {
             let path = entry?.path();
-            if path.extension().is_some_and(|extension| extension == "c" || extension == "h") {
+            let extension = path.extension().unwrap_or_default();
+            if ["c", "h", "cpp", "hpp"].iter().any(|known| extension == *known) {
                 files.push(path);
             }
         }
