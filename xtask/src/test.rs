@@ -41,7 +41,7 @@ pub fn main(cli: Cli) -> Result<()> {
     let bed = Bed::open()?;
     let mut lanes = Vec::new();
     if wants("source") {
-        lanes.push(source_lane()?);
+        lanes.push(source_lane(&bed)?);
     }
     if wants("msrv") {
         lanes.push(msrv::lane(&bed)?);
@@ -82,7 +82,7 @@ impl Tests {
 }
 
 /// What the sources say of themselves: format, lints, unit tests, the interface.
-fn source_lane() -> Result<Lane> {
+fn source_lane(bed: &Bed) -> Result<Lane> {
     setup::require_packages(&["clang-format-19", "clang-19", "g++"])?;
     let mut lane = Lane::new("source", "");
     lane.check("rustfmt", cargo_check(&["fmt", "--all", "--", "--check"]));
@@ -94,20 +94,8 @@ fn source_lane() -> Result<Lane> {
     lane.check("rustdoc", rustdoc());
     cargo_tests(&mut lane, "cargo test", &["test", "--workspace", "--no-fail-fast"], &[]);
     cargo_tests(&mut lane, "cargo test, AddressSanitizer", SANITIZED, &sanitizer_environment());
-    lane.check("the header is current", abi::check_header());
     let built = Programs::prepare()?;
-    lane.check("the library exports what the header declares", abi::check_symbols(&built.library()));
-    lane.check("the library has its soname", abi::check_soname(&built.library()));
-    for compiler in ["gcc", "clang-19"] {
-        for standard in ["c99", "c11", "c17"] {
-            lane.check(&format!("header, {compiler} {standard}"), header_compiles(compiler, "c", standard));
-        }
-    }
-    for (compiler, standard) in
-        [("g++", "c++11"), ("g++", "c++17"), ("clang++-19", "c++11"), ("clang++-19", "c++20")]
-    {
-        lane.check(&format!("header, {compiler} {standard}"), header_compiles(compiler, "c++", standard));
-    }
+    abi::check(&mut lane, &built, bed);
     lane.check("the README's example", readme_example(&built));
     man::check(&mut lane, &built);
     lane.check("what a chunk costs", bench::check_counts());
@@ -172,38 +160,6 @@ fn c_sources() -> Result<Vec<PathBuf>> {
 fn clang_format() -> Result<()> {
     let mut command = Command::new("clang-format-19");
     command.current_dir(project::root()).args(["--dry-run", "--Werror"]).args(c_sources()?);
-    project::run(&mut command).map(drop)
-}
-
-fn header_compiles(compiler: &str, language: &str, standard: &str) -> Result<()> {
-    let mut command = Command::new(compiler);
-    command.arg(format!("-std={standard}")).args([
-        "-Wall",
-        "-Wextra",
-        "-Wpedantic",
-        "-Wconversion",
-        "-Wredundant-decls",
-        "-Wformat",
-        "-Werror",
-        "-fsyntax-only",
-    ]);
-    if language == "c" {
-        command.arg("-Wc++-compat");
-    }
-    // Through a file that includes it, as a user does: a header compiled by itself is a main file to clang.
-    let user = project::output()?.join("header-user.c");
-    std::fs::write(
-        &user,
-        "#include <stdio.h>\n\
-         #include <kvmprep.h>\n\
-         #include <kvmprep.h>\n\
-         struct kvmprep_populate_opts opts = KVMPREP_POPULATE_OPTS_INIT;\n\
-         struct kvmprep_vm_config config = KVMPREP_VM_CONFIG_INIT;\n\
-         struct kvmprep_memslot slot = KVMPREP_MEMSLOT_INIT;\n\
-         int print(void);\n\
-         int print(void) { return printf(\"%u\", KVMPREP_NO_SLOT); }\n",
-    )?;
-    command.arg("-I").arg(project::root().join("include")).args(["-x", language]).arg(user);
     project::run(&mut command).map(drop)
 }
 

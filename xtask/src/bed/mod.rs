@@ -17,6 +17,7 @@ mod boot;
 mod cache;
 mod cli;
 mod guest;
+mod headers;
 mod initramfs;
 mod kernel;
 mod kernel_log;
@@ -38,6 +39,7 @@ use anyhow::Result;
 pub use boot::Outcome;
 pub use cli::{Cli, main};
 pub use guest::Guest;
+pub use headers::KernelHeaders;
 pub use kernel::{Kernel, ResolvedKernel};
 pub use rust::Rust;
 
@@ -109,6 +111,11 @@ impl Bed {
     /// Makes the oldest Rust that the project claims to build with ready, likewise.
     pub fn rust(&self) -> Result<Rust, ResolveError> {
         Ok(Rust::obtain(&self.cache, || self.apt())?)
+    }
+
+    /// Makes a kernel's C headers ready, likewise; `name` is one of [`KernelHeaders::NAMES`].
+    pub fn kernel_headers(&self, name: &str) -> Result<KernelHeaders, ResolveError> {
+        Ok(KernelHeaders::obtain(name, &self.cache, || self.apt())?)
     }
 
     fn qemu(&self) -> Result<&Qemu> {

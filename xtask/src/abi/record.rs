@@ -1,0 +1,270 @@
+//! The recorded interfaces, and what the current one may be beside them.
+//!
+//! abi/SONAME/VERSION/ holds the header and the symbol versions of each version, as they were. Programs that were
+//! built with any of them run with the current library, so none of them may lose anything; and the newest record
+//! must be the current interface to the letter, so that nothing changes unseen. A record is never edited by hand.
+
+use super::text::{self, Growth};
+use super::view::{self, Interface};
+use super::{SONAME, header, symbols};
+use crate::project;
+use anyhow::{Context, Result, bail, ensure};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+/// A version's interface as it was recorded.
+pub struct Recorded {
+    pub version: String,
+    pub interface: Interface,
+}
+
+/// What is different in a newer interface, in words.
+#[derive(Debug, Default)]
+struct Changes {
+    incompatible: Vec<String>,
+    compatible: Vec<String>,
+}
+
+/// The interface as the sources have it now.
+pub fn current() -> Result<Interface> {
+    let read = |path: PathBuf| {
+        std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
+    };
+    Ok(Interface { header: read(header::path())?, map: read(symbols::map_path())? })
+}
+
+/// Every recorded version with the current soname, the oldest first.
+pub fn recorded() -> Result<Vec<Recorded>> {
+    let directory = directory();
+    if !directory.exists() {
+        return Ok(Vec::new());
+    }
+    let mut all = Vec::new();
+    for entry in std::fs::read_dir(&directory)? {
+        let entry = entry?;
+        let read = |name: &str| {
+            let file = entry.path().join(name);
+            std::fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))
+        };
+        let interface = Interface { header: read("kvmprep.h")?, map: read("kvmprep.map")? };
+        all.push(Recorded { version: entry.file_name().to_string_lossy().into_owned(), interface });
+    }
+    all.sort_by_key(|recorded| numbers(&recorded.version));
+    Ok(all)
+}
+
+/// Fails when the current interface is not the recorded one.
+pub fn check() -> Result<()> {
+    let (all, current) = (recorded()?, current()?);
+    let newest = all
+        .last()
+        .with_context(|| format!("no interface is recorded for {SONAME}: run `cargo xtask abi record`"))?;
+    symbols::check_map(&current.header, &current.map)?;
+    for older in &all {
+        let changes = compare(&older.interface, &current)?;
+        changes.refuse_incompatible(&older.version)?;
+        if older.version == newest.version && !changes.compatible.is_empty() {
+            bail!(
+                "the interface is not the one recorded as {}, though compatible with it: run `cargo xtask abi record` \
+                 and commit abi/\n{}",
+                older.version,
+                changes.compatible.join("\n")
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Makes the current interface the record of its version, unless programs would break.
+pub fn record() -> Result<()> {
+    let (all, current) = (recorded()?, current()?);
+    header::check()?;
+    symbols::check_map(&current.header, &current.map)?;
+    for older in &all {
+        compare(&older.interface, &current)?.refuse_incompatible(&older.version)?;
+    }
+    let version = library_version()?;
+    if let Some(newest) = all.last() {
+        ensure!(
+            numbers(&newest.version) <= numbers(&version),
+            "{} is recorded, and Cargo.toml says {version}: a record of the past is not changed",
+            newest.version
+        );
+    }
+    let directory = directory().join(&version);
+    std::fs::create_dir_all(&directory)?;
+    std::fs::write(directory.join("kvmprep.h"), &current.header)?;
+    std::fs::write(directory.join("kvmprep.map"), &current.map)?;
+    println!("recorded as {SONAME} {version}: commit abi/");
+    Ok(())
+}
+
+impl Changes {
+    fn refuse_incompatible(&self, version: &str) -> Result<()> {
+        if self.incompatible.is_empty() {
+            return Ok(());
+        }
+        bail!(
+            "programs built with kvmprep {version} would break:\n{}\n\
+             Take the change back. If it must be, the library needs a new soname, in xtask/src/abi.rs, build.rs and \
+             CMakeLists.txt alike, and every program must be built anew. (A version that nobody has got yet may be \
+             taken back: delete its directory in abi/{SONAME}.)",
+            self.incompatible.join("\n")
+        )
+    }
+}
+
+/// What programs built with `old` find in `new`.
+fn compare(old: &Interface, new: &Interface) -> Result<Changes> {
+    let work = tempfile::tempdir_in(project::output()?)?;
+    let dir = |name: &str| work.path().join(name);
+    let mut changes = Changes::default();
+    compare_types(old, new, &dir, &mut changes)?;
+    compare_values(&old.values(&dir("old"))?, &new.values(&dir("new"))?, &old.header, &mut changes);
+    Ok(changes)
+}
+
+/// Functions and types. A struct that may grow is compared as far as the older header knows it: what is appended is
+/// a compatible change, and every other change is seen.
+fn compare_types(
+    old: &Interface,
+    new: &Interface,
+    dir: &impl Fn(&str) -> PathBuf,
+    changes: &mut Changes,
+) -> Result<()> {
+    let (before, after) = (old.library(&dir("old"))?, new.library(&dir("new"))?);
+    let Some(whole) = view::difference(&before, &after, &[])? else { return Ok(()) };
+    let known = as_far_as_known(old, new).library(&dir("known"))?;
+    match view::difference(&before, &known, &["--no-added-syms"])? {
+        Some(broken) => changes.incompatible.push(broken),
+        None => changes.compatible.push(whole),
+    }
+    Ok(())
+}
+
+/// `new` without the fields that it has appended to structs that `old` says may grow.
+fn as_far_as_known(old: &Interface, new: &Interface) -> Interface {
+    let mut header = new.header.clone();
+    for name in text::structs(&old.header) {
+        let fields = text::fields(&old.header, name).len();
+        if text::growth(&old.header, name).is_some() && text::fields(&header, name).len() > fields {
+            header = text::shortened(&header, name, fields);
+        }
+    }
+    Interface { header, map: new.map.clone() }
+}
+
+fn compare_values(
+    old: &BTreeMap<String, String>,
+    new: &BTreeMap<String, String>,
+    old_header: &str,
+    changes: &mut Changes,
+) {
+    let inputs: BTreeSet<String> = text::initialisers(old_header)
+        .into_iter()
+        .filter(|(_, structure)| text::growth(old_header, structure) == Some(Growth::Input))
+        .map(|(name, _)| name)
+        .collect();
+    for (name, before) in old {
+        match new.get(name) {
+            None => changes.incompatible.push(format!("{name} is gone (it was {before})")),
+            Some(after) if after == before => {}
+            Some(after) if inputs.contains(name) && has_only_grown(before, after) => {
+                changes.compatible.push(format!("{name} has grown: {before} to {after}"));
+            }
+            Some(after) => changes.incompatible.push(format!("{name} was {before} and is {after}")),
+        }
+    }
+    for (name, value) in new.iter().filter(|(name, _)| !old.contains_key(*name)) {
+        changes.compatible.push(format!("{name} is new: {value}"));
+    }
+}
+
+/// Whether an initialiser's bytes go on where they ended; the first four are the struct's size.
+fn has_only_grown(before: &str, after: &str) -> bool {
+    let size = |bytes: &str| bytes.split_at_checked(8).map(|(_, rest)| rest.to_owned());
+    matches!((size(before), size(after)), (Some(before), Some(after)) if after.starts_with(&before))
+}
+
+fn directory() -> PathBuf {
+    project::root().join("abi").join(SONAME)
+}
+
+/// The version that Cargo.toml gives the library.
+fn library_version() -> Result<String> {
+    let manifest = std::fs::read_to_string(project::root().join("Cargo.toml"))?;
+    let line = manifest.lines().find_map(|line| line.strip_prefix("version = \"")?.strip_suffix('"'));
+    line.map(str::to_owned).context("Cargo.toml does not say the library's version")
+}
+
+fn numbers(version: &str) -> Vec<u32> {
+    version.split('.').filter_map(|number| number.parse().ok()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An interface with one struct that may grow and one that may not.
+    fn interface(fixed: &str, growing: &str, constant: &str) -> Interface {
+        let header = format!(
+            "#include <stdint.h>\n#include <stddef.h>\n#define KVMPREP_C {constant}\n\
+             #define KVMPREP_IN_INIT {{ sizeof(struct kvmprep_in), 7 }}\n\
+             struct kvmprep_fixed {{\n{fixed}}};\nstruct kvmprep_in {{\n  uint32_t struct_size;\n{growing}}};\n\
+             int kvmprep_a(struct kvmprep_fixed *fixed, const struct kvmprep_in *in);\n"
+        );
+        let map = "K_1 {\nglobal:\n    kvmprep_a;\nlocal:\n    *;\n};\n".to_owned();
+        Interface { header, map }
+    }
+
+    const FIXED: &str = "  uint32_t a;\n  uint32_t b;\n";
+    const GROWING: &str = "  uint32_t c;\n";
+
+    /// Whether a change is seen as compatible; `None` when it is not seen.
+    fn verdict(fixed: &str, growing: &str, constant: &str) -> Option<bool> {
+        crate::setup::require_packages(super::super::PACKAGES).unwrap();
+        let changes = compare(&interface(FIXED, GROWING, "1"), &interface(fixed, growing, constant)).unwrap();
+        (!changes.incompatible.is_empty() || !changes.compatible.is_empty())
+            .then_some(changes.incompatible.is_empty())
+    }
+
+    #[test]
+    fn what_is_the_same_is_no_change() {
+        assert_eq!(verdict(FIXED, GROWING, "1"), None);
+    }
+
+    #[test]
+    fn only_a_struct_that_may_grow_may_grow_and_only_at_its_end() {
+        assert_eq!(verdict(FIXED, "  uint32_t c;\n  uint32_t d;\n", "1"), Some(true));
+        assert_eq!(verdict(FIXED, "  uint32_t d;\n  uint32_t c;\n", "1"), Some(false));
+        assert_eq!(verdict(FIXED, "  uint64_t c;\n  uint32_t d;\n", "1"), Some(false));
+        assert_eq!(verdict("  uint32_t a;\n  uint32_t b;\n  uint32_t c;\n", GROWING, "1"), Some(false));
+        assert_eq!(verdict("  uint32_t a;\n", GROWING, "1"), Some(false));
+    }
+
+    #[test]
+    fn appended_fields_must_not_raise_the_alignment_that_older_programs_gave_the_struct() {
+        assert_eq!(verdict(FIXED, "  uint32_t c;\n  uint64_t d;\n", "1"), Some(false));
+    }
+
+    #[test]
+    fn fields_of_one_type_that_change_places_are_seen() {
+        assert_eq!(verdict("  uint32_t b;\n  uint32_t a;\n", GROWING, "1"), Some(false));
+        assert_eq!(verdict("  uint32_t a;\n  uint32_t renamed;\n", GROWING, "1"), Some(false));
+    }
+
+    #[test]
+    fn a_constant_keeps_its_value_and_its_type() {
+        assert_eq!(verdict(FIXED, GROWING, "2"), Some(false));
+        assert_eq!(verdict(FIXED, GROWING, "1u"), Some(false));
+        assert_eq!(verdict(FIXED, GROWING, "(2 - 1)"), None);
+        assert_eq!(verdict(FIXED, GROWING, "1\n#define KVMPREP_D 2"), Some(true));
+    }
+
+    #[test]
+    fn an_initialiser_may_go_on_but_not_change() {
+        assert!(has_only_grown("10000000ffff", "14000000ffff0000"));
+        assert!(!has_only_grown("10000000ffff", "14000000fffe0000"));
+        assert!(!has_only_grown("10000000ffff", "08000000"));
+    }
+}
