@@ -3,6 +3,7 @@
 //!
 //! Whatever of the interface may not change without being noticed is judged below this file, and nothing else.
 
+mod callers;
 mod header;
 mod record;
 mod symbols;
@@ -17,6 +18,7 @@ use crate::setup;
 use anyhow::{Context, Result};
 use std::time::Instant;
 
+pub use callers::{NAME as CALLERS, build as build_callers};
 pub use header::path as header_path;
 pub use symbols::{check as check_symbols, check_soname};
 pub use text::declared_functions;

@@ -87,7 +87,7 @@ pub fn test_names() -> Result<Vec<String>> {
 }
 
 /// What the programs share.
-fn support_sources(directory: &Path) -> Result<Vec<PathBuf>> {
+pub fn support_sources(directory: &Path) -> Result<Vec<PathBuf>> {
     let entries =
         std::fs::read_dir(directory).with_context(|| format!("cannot list {}", directory.display()))?;
     let mut sources = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<PathBuf>>>()?;

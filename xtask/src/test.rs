@@ -72,7 +72,8 @@ impl Tests {
         let mut programs = Vec::new();
         for name in programs::test_names()? {
             if only.is_empty() || only.contains(&name) {
-                let program = build.build(&name)?;
+                let program =
+                    if name == abi::CALLERS { abi::build_callers(&build)? } else { build.build(&name)? };
                 programs.push((name, program));
             }
         }
