@@ -3,45 +3,33 @@
 //! A wrong descriptor is the kernel's to refuse (EBADF, ENOTTY); no structure passed here points at memory.
 
 use super::linux::{ioctl, ioctl_value, last_errno};
-use super::uapi::KVM_PRE_FAULT_MEMORY;
+use super::uapi::*;
 use super::{Errno, ExitRequest, MEM_GUEST_MEMFD, Region, Sys};
 use crate::range::Range;
-use kvm_bindings as kvm;
 use libc::c_ulong;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU8, Ordering};
 
-const KVM_CHECK_EXTENSION: c_ulong = 0xae03;
-const KVM_SET_USER_MEMORY_REGION: c_ulong = 0x4020_ae46;
-const KVM_SET_USER_MEMORY_REGION2: c_ulong = 0x40a0_ae49;
-const KVM_ENABLE_CAP: c_ulong = 0x4068_aea3;
-const KVM_GET_STATS_FD: c_ulong = 0xaece;
-const KVM_GET_MSRS: c_ulong = 0xc008_ae88;
-const KVM_SET_MSRS: c_ulong = 0x4008_ae89;
-const KVM_GET_VCPU_EVENTS: c_ulong = 0x8040_ae9f;
 const MSR_EFER: u32 = 0xc000_0080;
 const EFER_NX: u64 = 1 << 11;
 
 /// The quirk by which deleting any slot drops the mappings of all.
-pub const QUIRK_SLOT_ZAP_ALL: u64 = kvm::KVM_X86_QUIRK_SLOT_ZAP_ALL as u64;
+pub const QUIRK_SLOT_ZAP_ALL: u64 = KVM_X86_QUIRK_SLOT_ZAP_ALL;
 
 pub fn check_extension(fd: RawFd, capability: u32) -> Sys<u32> {
     ioctl_value(fd, KVM_CHECK_EXTENSION, capability as c_ulong)
 }
 
 pub fn disable_quirks(vm: RawFd, mask: u64) -> Sys<()> {
-    let mut cap = kvm::kvm_enable_cap {
-        cap: kvm::KVM_CAP_DISABLE_QUIRKS2,
-        args: [mask, 0, 0, 0],
-        ..Default::default()
-    };
+    let mut cap =
+        kvm_enable_cap { cap: KVM_CAP_DISABLE_QUIRKS2, flags: 0, args: [mask, 0, 0, 0], pad: [0; 64] };
     ioctl(vm, KVM_ENABLE_CAP, &mut cap)
 }
 
 pub fn set_region(vm: RawFd, region: &Region) -> Sys<()> {
     if region.flags & MEM_GUEST_MEMFD == 0 {
         // The first version does the same and is known to every kernel.
-        let mut v1 = kvm::kvm_userspace_memory_region {
+        let mut v1 = kvm_userspace_memory_region {
             slot: region.slot,
             flags: region.flags,
             guest_phys_addr: region.gpa,
@@ -50,7 +38,7 @@ pub fn set_region(vm: RawFd, region: &Region) -> Sys<()> {
         };
         return ioctl(vm, KVM_SET_USER_MEMORY_REGION, &mut v1);
     }
-    let mut v2 = kvm::kvm_userspace_memory_region2 {
+    let mut v2 = kvm_userspace_memory_region2 {
         slot: region.slot,
         flags: region.flags,
         guest_phys_addr: region.gpa,
@@ -58,15 +46,10 @@ pub fn set_region(vm: RawFd, region: &Region) -> Sys<()> {
         userspace_addr: region.hva,
         guest_memfd_offset: region.guest_memfd_offset,
         guest_memfd: region.guest_memfd as u32,
-        ..Default::default()
+        pad1: 0,
+        pad2: [0; 14],
     };
     ioctl(vm, KVM_SET_USER_MEMORY_REGION2, &mut v2)
-}
-
-#[repr(C)]
-struct OneMsr {
-    header: kvm::kvm_msrs,
-    entry: kvm::kvm_msr_entry,
 }
 
 /// Lets a vCPU find out whether its stage-2 root is still the VM's. Linux 6.11 to 6.14 look at that in KVM_RUN
@@ -74,8 +57,8 @@ struct OneMsr {
 /// There is no call for it; a change of the paging mode, taken back at once, does it. The guest cannot see it,
 /// since the vCPU is not running. Where KVM refuses (protected state) the vCPU is left as it is.
 pub fn renew_root(vcpu: RawFd) {
-    let entry = kvm::kvm_msr_entry { index: MSR_EFER, ..Default::default() };
-    let mut msr = OneMsr { header: kvm::kvm_msrs { nmsrs: 1, ..Default::default() }, entry };
+    let entry = kvm_msr_entry { index: MSR_EFER, ..Default::default() };
+    let mut msr = kvm_msrs_of_one { nmsrs: 1, pad: 0, entry };
     if !msr_ioctl(vcpu, KVM_GET_MSRS, &mut msr) {
         return;
     }
@@ -89,19 +72,19 @@ pub fn renew_root(vcpu: RawFd) {
 }
 
 /// Reads or writes the one register; whether KVM came to it.
-fn msr_ioctl(vcpu: RawFd, request: c_ulong, msr: &mut OneMsr) -> bool {
-    // SAFETY: KVM touches the header and as many entries as it tells of, which is the one that `OneMsr` has.
+fn msr_ioctl(vcpu: RawFd, request: c_ulong, msr: &mut kvm_msrs_of_one) -> bool {
+    // SAFETY: KVM touches the header and as many entries as it tells of, which is one.
     unsafe { libc::ioctl(vcpu, request, std::ptr::from_mut(msr)) == 1 }
 }
 
 /// Whether the vCPU is in system management mode, where it uses page tables of its own.
 pub fn is_in_smm(vcpu: RawFd) -> bool {
-    let mut events = kvm::kvm_vcpu_events::default();
-    ioctl(vcpu, KVM_GET_VCPU_EVENTS, &mut events).is_ok() && events.smi.smm != 0
+    let mut events = kvm_vcpu_events { before_smi: [0; 6], smi_smm: 0, after: [0; 39] };
+    ioctl(vcpu, KVM_GET_VCPU_EVENTS, &mut events).is_ok() && events.smi_smm != 0
 }
 
 pub fn pre_fault(vcpu: RawFd, range: Range) -> Sys<Option<Range>> {
-    let mut arg = kvm::kvm_pre_fault_memory { gpa: range.start, size: range.size(), ..Default::default() };
+    let mut arg = kvm_pre_fault_memory { gpa: range.start, size: range.size(), ..Default::default() };
     ioctl(vcpu, KVM_PRE_FAULT_MEMORY, &mut arg)?;
     // The kernel keeps gpa + size constant. An answer that breaks this comes from something else that has
     // the same number: to believe it would be to skip memory.
@@ -127,8 +110,7 @@ impl ExitRequest for RunPage {
     fn is_set(&self) -> bool {
         // SAFETY: the page stays mapped until drop; immediate_exit is a byte that its owner may write at any
         // time from a signal handler, hence the atomic load.
-        unsafe { &*self.0.add(std::mem::offset_of!(kvm::kvm_run, immediate_exit)) }.load(Ordering::Relaxed)
-            != 0
+        unsafe { &*self.0.add(KVM_RUN_IMMEDIATE_EXIT) }.load(Ordering::Relaxed) != 0
     }
 }
 

@@ -1,14 +1,144 @@
-//! Numbers and layouts of the kernel's interface that neither `libc` nor `kvm-bindings` carries yet.
+//! Numbers and layouts of the kernel's interface that `libc` does not carry.
 //!
-//! Each is named as in the kernel's headers, with the version that brought it.
+//! Each is named as in the kernel's headers; the younger ones with the version that brought them. They are stated
+//! here and not taken from the kvm-bindings crate, which is under the Apache licence alone: a VMM under version 2 of
+//! the GPL, QEMU for one, could not be distributed with it. The tests hold the two against each other.
 
 #![allow(missing_docs, reason = "the kernel's own names")]
 
 use libc::c_ulong;
 
-/// Linux 6.11, `<linux/kvm.h>`: `_IOWR(KVMIO, 0xd5, struct kvm_pre_fault_memory)`.
 #[cfg(target_arch = "x86_64")]
-pub const KVM_PRE_FAULT_MEMORY: c_ulong = 0xc040_aed5;
+pub use x86_64::*;
+
+/// What KVM's ioctls take on x86-64, from `<linux/kvm.h>` and `<asm/kvm.h>`.
+#[cfg(target_arch = "x86_64")]
+mod x86_64 {
+    use libc::c_ulong;
+
+    pub const KVM_CHECK_EXTENSION: c_ulong = 0xae03;
+    pub const KVM_SET_USER_MEMORY_REGION: c_ulong = 0x4020_ae46;
+    /// Linux 6.8.
+    pub const KVM_SET_USER_MEMORY_REGION2: c_ulong = 0x40a0_ae49;
+    pub const KVM_ENABLE_CAP: c_ulong = 0x4068_aea3;
+    /// Linux 5.14.
+    pub const KVM_GET_STATS_FD: c_ulong = 0xaece;
+    pub const KVM_GET_MSRS: c_ulong = 0xc008_ae88;
+    pub const KVM_SET_MSRS: c_ulong = 0x4008_ae89;
+    pub const KVM_GET_VCPU_EVENTS: c_ulong = 0x8040_ae9f;
+    /// Linux 6.11.
+    pub const KVM_PRE_FAULT_MEMORY: c_ulong = 0xc040_aed5;
+
+    pub const KVM_CAP_DISABLE_QUIRKS2: u32 = 213;
+    /// Linux 6.12.
+    pub const KVM_X86_QUIRK_SLOT_ZAP_ALL: u64 = 1 << 7;
+
+    #[repr(C)]
+    pub struct kvm_enable_cap {
+        pub cap: u32,
+        pub flags: u32,
+        pub args: [u64; 4],
+        pub pad: [u8; 64],
+    }
+
+    #[repr(C)]
+    pub struct kvm_userspace_memory_region {
+        pub slot: u32,
+        pub flags: u32,
+        pub guest_phys_addr: u64,
+        pub memory_size: u64,
+        pub userspace_addr: u64,
+    }
+
+    #[repr(C)]
+    pub struct kvm_userspace_memory_region2 {
+        pub slot: u32,
+        pub flags: u32,
+        pub guest_phys_addr: u64,
+        pub memory_size: u64,
+        pub userspace_addr: u64,
+        pub guest_memfd_offset: u64,
+        pub guest_memfd: u32,
+        pub pad1: u32,
+        pub pad2: [u64; 14],
+    }
+
+    #[repr(C)]
+    #[derive(Default)]
+    pub struct kvm_pre_fault_memory {
+        pub gpa: u64,
+        pub size: u64,
+        pub flags: u64,
+        pub padding: [u64; 5],
+    }
+
+    /// `struct kvm_msrs` with one entry.
+    #[repr(C)]
+    #[derive(Default)]
+    pub struct kvm_msrs_of_one {
+        pub nmsrs: u32,
+        pub pad: u32,
+        pub entry: kvm_msr_entry,
+    }
+
+    #[repr(C)]
+    #[derive(Default)]
+    pub struct kvm_msr_entry {
+        pub index: u32,
+        pub reserved: u32,
+        pub data: u64,
+    }
+
+    /// The one field of it that is read.
+    #[repr(C)]
+    pub struct kvm_vcpu_events {
+        pub before_smi: [u32; 6],
+        pub smi_smm: u8,
+        pub after: [u8; 39],
+    }
+
+    /// Of `struct kvm_run`, in bytes.
+    pub const KVM_RUN_IMMEDIATE_EXIT: usize = 1;
+
+    #[cfg(test)]
+    mod tests {
+        use super::*;
+        use std::mem::offset_of;
+
+        /// Holds a type of ours and its fields against kvm-bindings'.
+        macro_rules! assert_same {
+            ($name:ident: $($field:ident),*) => {
+                assert_eq!(size_of::<$name>(), size_of::<kvm_bindings::$name>(), stringify!($name));
+                $(assert_eq!(
+                    offset_of!($name, $field),
+                    offset_of!(kvm_bindings::$name, $field),
+                    concat!(stringify!($name), ".", stringify!($field))
+                );)*
+            };
+        }
+
+        #[test]
+        fn layouts_and_numbers_are_the_kernel_s() {
+            assert_same!(kvm_enable_cap: cap, flags, args);
+            assert_same!(kvm_userspace_memory_region: slot, flags, guest_phys_addr, memory_size, userspace_addr);
+            assert_same!(kvm_userspace_memory_region2: slot, flags, guest_phys_addr, memory_size, userspace_addr,
+                guest_memfd_offset, guest_memfd);
+            assert_same!(kvm_pre_fault_memory: gpa, size, flags);
+            assert_same!(kvm_msr_entry: index, data);
+            assert_eq!(offset_of!(kvm_msrs_of_one, entry), size_of::<kvm_bindings::kvm_msrs>());
+            assert_eq!(offset_of!(kvm_msrs_of_one, nmsrs), offset_of!(kvm_bindings::kvm_msrs, nmsrs));
+            assert_eq!(size_of::<kvm_vcpu_events>(), size_of::<kvm_bindings::kvm_vcpu_events>());
+            assert_eq!(
+                offset_of!(kvm_vcpu_events, smi_smm),
+                offset_of!(kvm_bindings::kvm_vcpu_events, smi.smm)
+            );
+            assert_eq!(KVM_RUN_IMMEDIATE_EXIT, offset_of!(kvm_bindings::kvm_run, immediate_exit));
+            assert_eq!(KVM_CAP_DISABLE_QUIRKS2, kvm_bindings::KVM_CAP_DISABLE_QUIRKS2);
+            assert_eq!(KVM_X86_QUIRK_SLOT_ZAP_ALL, u64::from(kvm_bindings::KVM_X86_QUIRK_SLOT_ZAP_ALL));
+        }
+    }
+}
+
 /// Linux 6.19 at the latest, `<linux/kvm.h>`.
 pub const KVM_CAP_GUEST_MEMFD_FLAGS: u32 = 244;
 
