@@ -3,6 +3,7 @@
 //!
 //! Whatever of the interface may not change without being noticed is judged below this file, and nothing else.
 
+mod agreement;
 mod callers;
 mod header;
 mod record;
@@ -71,5 +72,6 @@ pub fn check(lane: &mut Lane, built: &Programs, bed: &Bed) {
     lane.check("the library has its soname", symbols::check_soname(&built.library()));
     let tools = setup::require_packages(PACKAGES);
     lane.check("the interface is the recorded one", tools.and_then(|()| record::check()));
+    lane.check("the library's types are the header's", agreement::check());
     usable::check(lane, bed);
 }
