@@ -73,12 +73,12 @@ endif()
 
 set(KVMPREP_OBJECT "${CMAKE_CURRENT_BINARY_DIR}/kvmprep.o")
 set(merged "${CMAKE_CURRENT_BINARY_DIR}/merged.o")
-# GNU ld whatever the others are linked with: its -r can drop what is unused, and it dissolves COMDAT groups, whose
-# names would otherwise still meet those of another Rust library. The sections that go are LLVM's bitcode, which
-# makes no sense once it is merged.
+# GNU ld whatever the others are linked with, since its -r dissolves COMDAT groups: their names would still meet those of
+# another Rust library. Nothing unused is dropped yet: GNU ld then leaves the names that it referred to, and the weak
+# ones among them no longer weak. The sections that go are LLVM's bitcode, which makes no sense once it is merged.
 add_custom_command(OUTPUT ${KVMPREP_OBJECT}
-    COMMAND ${CMAKE_C_COMPILER} ${compiler_target} -fuse-ld=bfd -r -nostdlib -Wl,--gc-sections
-        -Wl,--force-group-allocation ${required} -o ${merged} ${cargo_archive}
+    COMMAND ${CMAKE_C_COMPILER} ${compiler_target} -fuse-ld=bfd -r -nostdlib -Wl,--force-group-allocation
+        ${required} -o ${merged} ${cargo_archive}
     COMMAND ${CMAKE_OBJCOPY} --remove-section=.llvmbc --remove-section=.llvmcmd
         --keep-global-symbols=${CMAKE_CURRENT_BINARY_DIR}/interface.txt ${merged} ${KVMPREP_OBJECT}
     COMMAND ${CMAKE_COMMAND} -E rm ${merged}
