@@ -979,7 +979,7 @@ struct kvmprep_populate_result {
    */
   uint32_t pages_known;
   /**
-   * KVMPREP_STAGE2_*: what became of stage 2.
+   * KVMPREP_STAGE2_*: what became of stage 2. It says nothing of `lost`, which may be most of it.
    */
   uint32_t stage2_state;
   /**
@@ -1234,7 +1234,7 @@ int kvmprep_get_coverage(const struct kvmprep_vm *vm,
  * broken in hardware raises is synchronous: the program's handler runs on that stack, or, without one, the process
  * dies. The call returns once all of them are gone.
  *
- * When: after KVM_SET_CPUID2 on every vCPU, with all slots in place, before the vCPUs run; not in SMM and not
+ * When: after KVM_SET_CPUID2 on each vCPU that works here, with all slots in place, before the vCPUs run; not in SMM and not
  * while a nested guest runs (such a vCPU refuses or fills another page table). What undoes it later: the
  * deletion of any slot (see kvmprep_keep_mappings()), dirty logging, and what kvmprep_get_coverage() names. Before
  * Linux 6.15 nobody may read or save the state of a vCPU that is being used: see kvmprep_vcpu_pre_fault().
@@ -1292,15 +1292,17 @@ int kvmprep_job_new(struct kvmprep_vm *vm,
  * Made for a VMM's own vCPU threads: a thread comes before its first KVM_RUN, or in between. To get it back, do
  * as for KVM_RUN: set kvm_run.immediate_exit, then send a signal that has a handler; the thread returns -EINTR
  * within one chunk, nothing is lost, and it may come again. A signal alone ends only a pre-fault or a wait: the
- * host stage goes on under any but a fatal one, and a signal that comes then is forgotten. A thread with vcpu_fd
- * -1 has nothing to set: it comes back by the end of the work or by kvmprep_job_cancel(). A chunk is 2 MiB, or one
+ * host stage goes on under any but a fatal one, and a signal that comes then is forgotten. Who does not use
+ * immediate_exit, and a thread with vcpu_fd -1, which has none to set, comes back by the end of the work or by
+ * kvmprep_job_cancel(). A chunk is 2 MiB, or one
  * page of the backing if that is larger. Signals do not end a wait for another thread that runs this vCPU, nor
  * one for userfaultfd memory in the host stage.
  *
  * Threads: any number at once, each with a vCPU of its own. Returns 0 when nothing is left for this thread:
- * the job is over, or what remains needs a vCPU and this thread has none. -EINTR: see above. -EOPNOTSUPP
+ * the job is over, or what remains needs a vCPU and this thread has none; kvmprep_job_wait() with a timeout of 0
+ * tells which. -EINTR: see above. -EOPNOTSUPP
  * (VCPU_REFUSED): this vCPU cannot now; its work is left for others. -EINVAL (`job` NULL), -EBADF (not a
- * vCPU). When the job has failed, been cancelled or run out of time: its error, as
+ * vCPU), -ENOMEM (its kvm_run cannot be mapped). When the job has failed, been cancelled or run out of time: its error, as
  * kvmprep_job_wait() gives it.
  */
 int kvmprep_job_run(struct kvmprep_job *job,

@@ -70,15 +70,17 @@ pub unsafe extern "C" fn kvmprep_job_new(
 /// Made for a VMM's own vCPU threads: a thread comes before its first KVM_RUN, or in between. To get it back, do
 /// as for KVM_RUN: set kvm_run.immediate_exit, then send a signal that has a handler; the thread returns -EINTR
 /// within one chunk, nothing is lost, and it may come again. A signal alone ends only a pre-fault or a wait: the
-/// host stage goes on under any but a fatal one, and a signal that comes then is forgotten. A thread with vcpu_fd
-/// -1 has nothing to set: it comes back by the end of the work or by kvmprep_job_cancel(). A chunk is 2 MiB, or one
+/// host stage goes on under any but a fatal one, and a signal that comes then is forgotten. Who does not use
+/// immediate_exit, and a thread with vcpu_fd -1, which has none to set, comes back by the end of the work or by
+/// kvmprep_job_cancel(). A chunk is 2 MiB, or one
 /// page of the backing if that is larger. Signals do not end a wait for another thread that runs this vCPU, nor
 /// one for userfaultfd memory in the host stage.
 ///
 /// Threads: any number at once, each with a vCPU of its own. Returns 0 when nothing is left for this thread:
-/// the job is over, or what remains needs a vCPU and this thread has none. -EINTR: see above. -EOPNOTSUPP
+/// the job is over, or what remains needs a vCPU and this thread has none; kvmprep_job_wait() with a timeout of 0
+/// tells which. -EINTR: see above. -EOPNOTSUPP
 /// (VCPU_REFUSED): this vCPU cannot now; its work is left for others. -EINVAL (`job` NULL), -EBADF (not a
-/// vCPU). When the job has failed, been cancelled or run out of time: its error, as
+/// vCPU), -ENOMEM (its kvm_run cannot be mapped). When the job has failed, been cancelled or run out of time: its error, as
 /// kvmprep_job_wait() gives it.
 ///
 /// # Safety

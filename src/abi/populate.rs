@@ -246,7 +246,7 @@ pub struct kvmprep_populate_result {
     pub pages_1g: i64,
     /// 1 when the kernel tells the three above (Linux 5.14), else 0.
     pub pages_known: u32,
-    /// KVMPREP_STAGE2_*: what became of stage 2.
+    /// KVMPREP_STAGE2_*: what became of stage 2. It says nothing of `lost`, which may be most of it.
     pub stage2_state: u32,
     /// 1 when huge-page advice was asked for and refused somewhere.
     pub advice_refused: u32,
@@ -370,7 +370,7 @@ pub(super) fn check_thread_count(threads: u32) -> Result<u32> {
 /// broken in hardware raises is synchronous: the program's handler runs on that stack, or, without one, the process
 /// dies. The call returns once all of them are gone.
 ///
-/// When: after KVM_SET_CPUID2 on every vCPU, with all slots in place, before the vCPUs run; not in SMM and not
+/// When: after KVM_SET_CPUID2 on each vCPU that works here, with all slots in place, before the vCPUs run; not in SMM and not
 /// while a nested guest runs (such a vCPU refuses or fills another page table). What undoes it later: the
 /// deletion of any slot (see kvmprep_keep_mappings()), dirty logging, and what kvmprep_get_coverage() names. Before
 /// Linux 6.15 nobody may read or save the state of a vCPU that is being used: see kvmprep_vcpu_pre_fault().

@@ -351,7 +351,7 @@ impl Job {
     pub fn verdict(&self) -> Result<()> {
         let stopped = |errno, reason, message: &str| {
             Err(Error::new(errno, reason, message)
-                .hint("what is not done is in the result: populate it again"))
+                .hint("what is done stays done; to go on, populate what the result says remains"))
         };
         match self.end.get().map(|end| &end.how) {
             None => Err(Error::new(libc::EBUSY, Reason::NotFinished, "the job is still at work")),
