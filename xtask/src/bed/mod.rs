@@ -29,6 +29,7 @@ mod progress;
 mod qemu;
 mod rust;
 mod stream;
+mod vmm;
 
 use std::fmt;
 use std::path::Path;
@@ -42,6 +43,7 @@ pub use guest::Guest;
 pub use headers::KernelHeaders;
 pub use kernel::{Kernel, ResolvedKernel};
 pub use rust::Rust;
+pub use vmm::lane as qemu_lane;
 
 use apt::Apt;
 use cache::Cache;

@@ -47,6 +47,11 @@ impl Qemu {
         &self.dir
     }
 
+    /// The ROMs of the x86 machines that need no display and no network.
+    pub fn firmware(&self) -> PathBuf {
+        self.dir.join("firmware")
+    }
+
     /// The static busybox.
     pub fn busybox(&self) -> PathBuf {
         self.dir.join("busybox")
@@ -65,7 +70,7 @@ impl Qemu {
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL"]).arg(self.dir.join("lib/ld.so"));
         command.arg("--library-path").arg(self.dir.join("lib")).arg(self.dir.join("qemu-system-x86_64"));
-        command.arg("-L").arg(self.dir.join("firmware"));
+        command.arg("-L").arg(self.firmware());
         // Modules of another build must not be found.
         command
             .env("QEMU_MODULE_DIR", self.dir.join("modules"))

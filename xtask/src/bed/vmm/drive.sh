@@ -1,0 +1,170 @@
+#!/bin/sh
+# Runs in the outer guest: takes QEMU through one case after the other and prints what KVM counted. A line of /cases is
+#     NAME PHASE HUGE_PAGES MACHINE PROGRAM OPTION...
+# and each is answered by a line `case NAME`, lines of what was seen, and `done NAME` or `failed NAME WHY`. It judges
+# nothing: that is for the host. See run.rs and trace.rs for the lines.
+
+TRACING=/sys/kernel/tracing
+MEMORY_MIB=256
+# In tenths of a second.
+PATIENCE=1200
+
+setup() {
+    dmesg -n 1
+    mount -t tracefs tracefs $TRACING || exit 1
+    echo 32768 >$TRACING/buffer_size_kb
+    echo 1 >$TRACING/events/kvm/kvm_page_fault/enable || exit 1
+    echo 1 >$TRACING/events/kvmmmu/mark_mmio_spte/enable || exit 1
+    # KVM_SET_USER_MEMORY_REGION and its successor: every change of a memslot.
+    echo 'cmd == 0x4020ae46 || cmd == 0x40a0ae49' >$TRACING/events/syscalls/sys_enter_ioctl/filter || exit 1
+    echo 1 >$TRACING/events/syscalls/sys_enter_ioctl/enable || exit 1
+}
+
+fail() {
+    echo "failed $name $*; QEMU and the guest said: $(tail -n 5 /tmp/serial | tr '\r\n' '  ')"
+    kill -9 $qemu 2>/dev/null
+    forget_qemu
+    return 1
+}
+
+# The console's input, the monitor's input and its output are FIFOs, held open so that nobody waits for the other side.
+start_qemu() {
+    rm -f /tmp/console /tmp/serial /tmp/said /tmp/monitor.in /tmp/monitor.out
+    mkfifo /tmp/console /tmp/monitor.in /tmp/monitor.out
+    exec 4<>/tmp/console 5<>/tmp/monitor.in 6<>/tmp/monitor.out
+    cat <&6 >/tmp/said &
+    listener=$!
+    echo >$TRACING/trace
+    $program -machine $machine "$@" -cpu host -smp 2 -m ${MEMORY_MIB}M -nodefaults -no-user-config -display none \
+        -L /firmware -kernel /vmlinuz -initrd /inner.cpio -append "console=ttyS0 panic=-1 quiet" -serial stdio \
+        -chardev pipe,id=monitor,path=/tmp/monitor -mon chardev=monitor,mode=readline \
+        <&4 >/tmp/serial 2>&1 4>&- 5>&- 6>&- &
+    qemu=$!
+}
+
+forget_qemu() {
+    kill $listener 2>/dev/null
+    wait $listener 2>/dev/null
+    wait $qemu 2>/dev/null
+}
+
+# QEMU is to end as it was told, and to find nothing wrong in doing so.
+quit_qemu() {
+    echo quit >/tmp/monitor.in
+    until_true false
+    kill -0 $qemu 2>/dev/null && return 1
+    forget_qemu
+}
+
+# Waits until COMMAND succeeds; not if QEMU is gone, and not for ever.
+until_true() {
+    waited=0
+    until "$@"; do
+        kill -0 $qemu 2>/dev/null || return 1
+        [ $waited -lt $PATIENCE ] || return 1
+        usleep 100000
+        waited=$((waited + 1))
+    done
+}
+
+printed() { grep -q "^inner: $1" /tmp/serial; }
+
+is_paused() { ask "info status" "VM status: paused.\?$"; }
+
+# Says COMMAND to the monitor until it answers PATTERN.
+ask() {
+    : >/tmp/said
+    echo "$1" >/tmp/monitor.in
+    usleep 100000
+    grep -q "$2" /tmp/said
+}
+
+# What KVM counted for the one VM there is.
+print_counters() {
+    for counter in pf_taken exits mmio_exits; do
+        echo "counter $counter $(cat /sys/kernel/debug/kvm/*-*/$counter)"
+    done
+}
+
+# Faults, first touches of MMIO and slot changes, in order; and whether any were lost. Bit 3 of the error code is the
+# mark of MMIO that is known already: KVM does not count it as a fault, and no more do we.
+print_events() {
+    awk '
+        /kvm_page_fault:/ {
+            code = $NF
+            if (substr(code, length(code), 1) ~ /[89a-f]/) next
+            address = $(NF - 2)
+            sub(/0x/, "", address)
+            print "fault", address
+        }
+        /mark_mmio_spte:/ { sub(/.* gfn /, ""); print "mmio", $1 }
+        /sys_ioctl/ { print "slot" }
+        /entries-in-buffer/ { split($3, entries, "/"); print "lost", entries[2] - entries[1] }
+    ' $TRACING/trace
+}
+
+# Which pages of its memory QEMU has, before the guest runs: runs of `none`, `zero` (the page of zeros that everybody
+# shares: one that occurs twice) and `memory`.
+print_residency() {
+    first=
+    while read -r range rest; do
+        start=0x${range%-*} end=0x${range#*-}
+        [ $((end - start)) -eq $((MEMORY_MIB << 20)) ] && first=$((start >> 12))
+    done </proc/$qemu/maps
+    [ -n "$first" ] || return 1
+    dd if=/proc/$qemu/pagemap of=/tmp/pagemap bs=4096 skip=$((first >> 9)) count=$((MEMORY_MIB >> 1)) 2>/dev/null
+    od -An -v -tx8 -w8 /tmp/pagemap >/tmp/pages
+    # A page is there when the highest of the 64 bits is set; the lower 52 tell which it is.
+    awk '
+        function is_there(entry) { return length(entry) == 16 && entry ~ /^[89a-f]/ }
+        function kind(entry) {
+            if (!is_there(entry)) return "none"
+            return count[substr(entry, 4)] > 1 ? "zero" : "memory"
+        }
+        NR == FNR { if (is_there($1)) count[substr($1, 4)]++; next }
+        { now = kind($1); if (now != last) { if (run) print "pages", last, run; last = now; run = 0 } run++ }
+        END { print "pages", last, run }
+    ' /tmp/pages /tmp/pages
+}
+
+boot() {
+    start_qemu "$@"
+    until_true printed booted || fail "did not boot"
+}
+
+# The guest is saved to a file with its memory in use, and goes on in another QEMU.
+restore() {
+    boot "$@" || return
+    echo fill >&4
+    until_true printed filled || { fail "did not fill its memory"; return 1; }
+    echo "migrate file:/tmp/state" >/tmp/monitor.in
+    until_true ask "info migrate" "Migration status: completed" || { fail "was not saved"; return 1; }
+    quit_qemu || { fail "did not end"; return 1; }
+    start_qemu "$@" -S -incoming file:/tmp/state
+    until_true is_paused || { fail "was not restored"; return 1; }
+    print_residency || { fail "has no memory"; return 1; }
+    echo cont >/tmp/monitor.in
+    echo walk >&4
+    until_true printed walked || fail "did not find its memory as it left it"
+}
+
+run_case() {
+    echo "case $name"
+    echo $huge_pages >/sys/kernel/mm/transparent_hugepage/enabled
+    # Huge pages are there for each case alike.
+    echo 3 >/proc/sys/vm/drop_caches
+    echo 1 >/proc/sys/vm/compact_memory
+    $phase "$@" || return
+    echo stop >/tmp/monitor.in
+    until_true is_paused || { fail "did not stop"; return 1; }
+    print_counters
+    print_events
+    quit_qemu || { fail "did not end"; return 1; }
+    rm -f /tmp/state
+    echo "done $name"
+}
+
+setup
+while read -r name phase huge_pages machine program options; do
+    run_case $options </dev/null
+done </cases

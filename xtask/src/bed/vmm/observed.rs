@@ -1,0 +1,187 @@
+//! What was seen of one guest: KVM's counters, its faults one by one, the changes of memslots between them, and on a
+//! migration target what memory QEMU had before the guest ran.
+//!
+//! Reads the lines that drive.sh prints, and tells faults on RAM from the first touches of MMIO. It must never let a
+//! trace that lost events, or that disagrees with KVM's own counter, pass for evidence.
+
+use anyhow::{Context, Result, ensure};
+use serde::Serialize;
+
+const PAGE: u64 = 4096;
+
+/// Below and above these, what the guest sees at an address need not be the RAM of that offset: ROMs and shadowed ROMs.
+const LEGACY: std::ops::Range<u64> = 0xa0000..0x10_0000;
+
+/// The state of one page of QEMU's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Page {
+    /// QEMU has none.
+    Absent,
+    /// The page of zeros that all share; the first write to it faults, wherever it is mapped.
+    Zeros,
+    /// A page of QEMU's own.
+    Own,
+}
+
+/// One guest, as it is being read.
+#[derive(Debug, Default)]
+pub struct Observed {
+    counters: Vec<(String, u64)>,
+    faults: Vec<Fault>,
+    slot_changes: u64,
+    lost: u64,
+    /// Runs of pages from guest address 0; empty where the guest was not restored.
+    pages: Vec<(Page, u64)>,
+}
+
+#[derive(Debug)]
+struct Fault {
+    address: u64,
+    mmio: bool,
+    /// Changes of memslots that came before it.
+    slot_changes: u64,
+}
+
+/// The figures of one guest.
+#[derive(Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Figures {
+    /// Stage-2 faults, MMIO included, as KVM counts them.
+    pub faults: u64,
+    pub exits: u64,
+    /// First touches of MMIO among the faults.
+    pub mmio: u64,
+    /// Faults on RAM and ROM after the last change of a memslot.
+    pub after_last_slot_change: u64,
+    /// Faults on pages that QEMU had, with content, before the guest ran; of a restored guest only.
+    pub on_restored: Option<u64>,
+    /// Where the first of those that should not be were: guest addresses.
+    pub examples: Vec<u64>,
+}
+
+impl Observed {
+    /// Takes in a line of drive.sh's; answers whether it was one.
+    pub fn take(&mut self, line: &str) -> bool {
+        self.parse(line).is_some()
+    }
+
+    fn parse(&mut self, line: &str) -> Option<()> {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words[..] {
+            ["counter", name, value] => self.counters.push((name.into(), value.parse().ok()?)),
+            ["fault", address] => {
+                let address = u64::from_str_radix(address, 16).ok()?;
+                self.faults.push(Fault { address, mmio: false, slot_changes: self.slot_changes });
+            }
+            ["mmio", gfn] => {
+                let gfn = u64::from_str_radix(gfn, 16).ok()?;
+                // The fault that found it was the last there: it is marked while that is being handled.
+                let fault = self.faults.iter_mut().rev().find(|fault| fault.address / PAGE == gfn);
+                fault?.mmio = true;
+            }
+            ["slot"] => self.slot_changes += 1,
+            ["lost", count] => self.lost = count.parse().ok()?,
+            ["pages", kind, count] => {
+                let kind = match kind {
+                    "none" => Page::Absent,
+                    "zero" => Page::Zeros,
+                    "memory" => Page::Own,
+                    _ => return None,
+                };
+                self.pages.push((kind, count.parse().ok()?));
+            }
+            _ => return None,
+        }
+        Some(())
+    }
+
+    /// What it comes to.
+    pub fn figures(&self) -> Result<Figures> {
+        ensure!(self.lost == 0, "the trace lost {} events", self.lost);
+        let faults = self.counter("pf_taken")?;
+        let traced = self.faults.len() as u64;
+        ensure!(traced == faults, "KVM counted {faults} faults, but {traced} were traced");
+        let real: Vec<&Fault> = self.faults.iter().filter(|fault| !fault.mmio).collect();
+        let late: Vec<&&Fault> =
+            real.iter().filter(|fault| fault.slot_changes == self.slot_changes).collect();
+        let restored: Vec<&&Fault> = real.iter().filter(|fault| self.was_restored(fault.address)).collect();
+        let is_restored = !self.pages.is_empty();
+        let examples = if is_restored { &restored } else { &late };
+        Ok(Figures {
+            faults,
+            exits: self.counter("exits")?,
+            mmio: traced - real.len() as u64,
+            after_last_slot_change: late.len() as u64,
+            on_restored: is_restored.then_some(restored.len() as u64),
+            examples: examples.iter().take(8).map(|fault| fault.address).collect(),
+        })
+    }
+
+    fn counter(&self, name: &str) -> Result<u64> {
+        let counter = self.counters.iter().find(|(known, _)| known == name);
+        Ok(counter.with_context(|| format!("KVM's counter {name} was not printed"))?.1)
+    }
+
+    /// Whether a guest address had content before the guest ran. What cannot be looked up counts as if it had.
+    fn was_restored(&self, address: u64) -> bool {
+        self.page(address).is_none_or(|page| page == Page::Own)
+    }
+
+    fn page(&self, address: u64) -> Option<Page> {
+        let mut end = 0;
+        let run = self.pages.iter().find(|(_, count)| {
+            end += count * PAGE;
+            address < end
+        });
+        run.filter(|_| !LEGACY.contains(&address)).map(|(page, _)| *page)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn observed(lines: &str) -> Observed {
+        let mut observed = Observed::default();
+        for line in lines.lines() {
+            assert!(observed.take(line), "{line}");
+        }
+        observed
+    }
+
+    #[test]
+    fn first_touches_of_mmio_and_what_came_before_a_slot_change_are_told_apart() {
+        let figures = observed(
+            "counter pf_taken 4\ncounter exits 9\nlost 0\nslot\nfault 1000\nslot\nfault fee000f0\nmmio fee00\n\
+             fault 2000\nfault fec00000\nmmio fec00",
+        );
+        let figures = figures.figures().unwrap();
+        assert_eq!((figures.faults, figures.exits, figures.mmio), (4, 9, 2));
+        assert_eq!((figures.after_last_slot_change, figures.on_restored), (1, None));
+        assert_eq!(figures.examples, [0x2000]);
+    }
+
+    #[test]
+    fn a_fault_counts_against_a_restore_only_where_there_was_content() {
+        let figures = observed(
+            "counter pf_taken 6\ncounter exits 9\nlost 0\npages memory 512\npages zero 1\npages none 511\n\
+             fault 1000\nfault 200000\nfault 201000\nfault c0000\nfault fffff000\nfault 1ff000",
+        );
+        let figures = figures.figures().unwrap();
+        assert_eq!(figures.on_restored, Some(4));
+        assert_eq!(figures.examples, [0x1000, 0xc0000, 0xffff_f000, 0x1f_f000]);
+    }
+
+    #[test]
+    fn a_trace_that_is_not_whole_is_no_evidence() {
+        let lost = observed("counter pf_taken 1\ncounter exits 1\nfault 0\nlost 3");
+        assert!(lost.figures().unwrap_err().to_string().contains("lost 3"));
+        let disagrees = observed("counter pf_taken 2\ncounter exits 1\nfault 0\nlost 0");
+        assert!(disagrees.figures().unwrap_err().to_string().contains("2 faults, but 1"));
+    }
+
+    #[test]
+    fn a_line_of_somebody_elses_is_not_taken() {
+        assert!(!Observed::default().take("Killed"));
+        assert!(!Observed::default().take("fault xyz"));
+    }
+}
