@@ -16,6 +16,9 @@ use std::process::Command;
 /// Functions with their parameters and structs with their fields, each in one line of words of no language.
 type Types = BTreeMap<String, String>;
 
+/// What stands between the parts of a type.
+const PARTS: &[char] = &['{', ';', '}'];
+
 /// Fails where the library's types are not the header's.
 pub fn check() -> Result<()> {
     let work = tempfile::tempdir_in(project::output()?)?;
@@ -33,16 +36,23 @@ pub fn check() -> Result<()> {
         unseen.is_empty(),
         "no function leads to {unseen:?}: nothing that compares interfaces can see them"
     );
-    let differences: Vec<String> = said
-        .iter()
-        .filter(|(name, text)| is.get(*name) != Some(text))
-        .map(|(name, text)| {
-            let other = is.get(name).map_or("nothing of that name", String::as_str);
-            format!("{name}: the header says {text}, the library has {other}")
+    let nothing = "nothing of that name".to_owned();
+    let both = said.iter().map(|(name, text)| (name, text, is.get(name).unwrap_or(&nothing)));
+    let differences: Vec<String> = both
+        .filter(|(_, said, is)| said != is)
+        .map(|(name, said, is)| {
+            format!("{name}: the header says {}, the library has {}", beyond(said, is), beyond(is, said))
         })
         .collect();
     ensure!(differences.is_empty(), "{}", differences.join("\n"));
     Ok(())
+}
+
+/// The parts of a text that another does not have; all of it when order alone differs.
+fn beyond(text: &str, other: &str) -> String {
+    let others: Vec<&str> = other.split(PARTS).collect();
+    let only: Vec<&str> = text.split(PARTS).filter(|part| !others.contains(part)).collect();
+    if only.is_empty() { text.to_owned() } else { only.join("; ") }
 }
 
 fn types_of(library: &Path) -> Result<Types> {
@@ -170,6 +180,12 @@ mod tests {
             "64 bits { a at 0: unsigned 32; b at 32: pointer to function }"
         );
         assert_eq!(types, super::types(RUST).unwrap());
+    }
+
+    #[test]
+    fn only_what_differs_is_told() {
+        assert_eq!(beyond("8 bits { a: x; b: y }", "8 bits { a: x; b: z }"), " b: y ");
+        assert_eq!(beyond("(a) to b", "(a) to c"), "(a) to b");
     }
 
     #[test]

@@ -64,7 +64,7 @@ fn ages() -> Result<Vec<Age>> {
     let header = &newest.interface.header;
     let longest = outputs(header).iter().map(|name| text::fields(header, name).len()).max().unwrap_or(0);
     ages.extend((1..longest).map(|n| Age {
-        name: format!("{}, {n} fields", newest.version),
+        name: format!("{}, outputs cut to {n}", newest.version),
         header: outputs(header).iter().fold(header.clone(), |text, name| text::shortened(&text, name, n)),
         flags: &[],
     }));
