@@ -87,7 +87,7 @@ impl Tests {
 
 /// What the sources say of themselves: format, lints, unit tests, the interface.
 fn source_lane(bed: &Bed) -> Result<Lane> {
-    setup::require_packages(&["clang-format-19", "clang-19", "g++"])?;
+    setup::require_packages(&["abigail-tools", "clang-format-19", "clang-19", "g++"])?;
     let mut lane = Lane::new("source", "");
     lane.check("rustfmt", cargo_check(&["fmt", "--all", "--", "--check"]));
     lane.check("clang-format", clang_format());
