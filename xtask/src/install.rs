@@ -3,6 +3,12 @@
 //! CMake knows how, here it is only driven, so that there is one way and no second. Whatever of ours needs the library
 //! gets it by this way too: what is tested is what is installed.
 
+mod consumers;
+mod lane;
+mod tree;
+
+pub use lane::lane;
+
 use crate::project;
 use crate::setup;
 use anyhow::{Context, Result};

@@ -3,11 +3,8 @@
 mod abi;
 mod bed;
 mod bench;
-mod consumers;
 mod demo;
 mod install;
-mod install_lane;
-mod installed;
 mod lanes;
 mod man;
 mod msrv;

@@ -6,7 +6,7 @@
 use crate::abi;
 use crate::bed::{self, Bed, Guest, Kernel, ResolveError};
 use crate::bench;
-use crate::install_lane;
+use crate::install;
 use crate::lanes::{self, Counts, Lane, cargo_counts, case_counts};
 use crate::man;
 use crate::msrv;
@@ -47,7 +47,7 @@ pub fn main(cli: Cli) -> Result<()> {
         lanes.push(msrv::lane(&bed)?);
     }
     if wants("install") {
-        lanes.push(install_lane::lane()?);
+        lanes.push(install::lane()?);
     }
     let tests = Tests::build(&cli.programs)?;
     if wants("native") {

@@ -2,8 +2,8 @@
 //!
 //! All is made anew below one directory and left there to be looked at.
 
-use crate::consumers::{self, Places};
-use crate::installed::Tree;
+use super::consumers::{self, Places};
+use super::tree::Tree;
 use crate::lanes::Lane;
 use crate::project;
 use crate::setup;

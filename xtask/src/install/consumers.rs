@@ -3,7 +3,7 @@
 //! They get a copy of themselves, the place of an installed library and, where they build it themselves, a copy of
 //! the source. Nothing else of this tree may reach them.
 
-use crate::install::define;
+use super::define;
 use crate::lanes::{Counts, Lane};
 use crate::project;
 use anyhow::{Context, Result, ensure};
