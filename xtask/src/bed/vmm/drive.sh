@@ -10,7 +10,6 @@ MEMORY_MIB=256
 PATIENCE=1200
 
 setup() {
-    dmesg -n 1
     mount -t tracefs tracefs $TRACING || exit 1
     echo 32768 >$TRACING/buffer_size_kb
     echo 1 >$TRACING/events/kvm/kvm_page_fault/enable || exit 1
@@ -21,7 +20,7 @@ setup() {
 }
 
 fail() {
-    echo "failed $name $*; QEMU and the guest said: $(tail -n 5 /tmp/serial | tr '\r\n' '  ')"
+    echo "failed $*; QEMU and the guest said: $(tail -n 20 /tmp/serial | tr '\r\n' '  ')"
     kill -9 $qemu 2>/dev/null
     forget_qemu
     return 1
@@ -35,7 +34,7 @@ start_qemu() {
     cat <&6 >/tmp/said &
     listener=$!
     echo >$TRACING/trace
-    $program -machine $machine "$@" -cpu host -smp 2 -m ${MEMORY_MIB}M -nodefaults -no-user-config -display none \
+    $program -machine $machine "$@" -cpu host -smp 2 -m ${MEMORY_MIB}M -nodefaults -no-user-config -display none -no-reboot \
         -L /firmware -kernel /vmlinuz -initrd /inner.cpio -append "console=ttyS0 panic=-1 quiet" -serial stdio \
         -chardev pipe,id=monitor,path=/tmp/monitor -mon chardev=monitor,mode=readline \
         <&4 >/tmp/serial 2>&1 4>&- 5>&- 6>&- &
@@ -87,17 +86,24 @@ print_counters() {
 }
 
 # Faults, first touches of MMIO and slot changes, in order; and whether any were lost. Bit 3 of the error code is the
-# mark of MMIO that is known already: KVM does not count it as a fault, and no more do we.
+# mark of MMIO that is known already: KVM does not count it as a fault, and no more do we, unless KVM finds that a slot
+# change has made the mark stale, and marks it anew.
 print_events() {
     awk '
         /kvm_page_fault:/ {
+            known[$1] = ""
             code = $NF
-            if (substr(code, length(code), 1) ~ /[89a-f]/) next
             address = $(NF - 2)
             sub(/0x/, "", address)
-            print "fault", address
+            if (substr(code, length(code), 1) ~ /[89a-f]/) known[$1] = address
+            else print "fault", address
         }
-        /mark_mmio_spte:/ { sub(/.* gfn /, ""); print "mmio", $1 }
+        /mark_mmio_spte:/ {
+            if (known[$1] != "") print "fault", known[$1]
+            known[$1] = ""
+            sub(/.* gfn /, "")
+            print "mmio", $1
+        }
         /sys_ioctl/ { print "slot" }
         /entries-in-buffer/ { split($3, entries, "/"); print "lost", entries[2] - entries[1] }
     ' $TRACING/trace

@@ -8,8 +8,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow, ensure};
-use indicatif::{ProgressBar, ProgressStyle};
 
+use super::super::progress::{self, Step};
 use super::super::{Bed, Guest, Kernel, ResolveError, ResolvedKernel, boot, initramfs};
 use super::build::Built;
 use super::case::{Case, PATCHED, PLAIN};
@@ -54,7 +54,7 @@ pub fn run(bed: &Bed, kernels: &Kernels, built: &Built, cases: &[Case]) -> Resul
     let guest = outer_guest(bed, kernels, built, cases, files.path())?;
     let mut reader = Reader::new(cases);
     let outcome = boot::run(bed.qemu()?, &kernels.outer, &guest, &mut |line| reader.take(line));
-    reader.bar.finish_and_clear();
+    reader.step = None;
     let outcome = outcome?;
     let said = reader.rest.join("\n");
     ensure!(outcome.status == 0, "the driver ended with status {}:\n{said}", outcome.status);
@@ -98,23 +98,18 @@ struct Reader<'a> {
     done: Vec<Done>,
     /// What is no line of the driver's: said by the kernel, or by a tool that failed.
     rest: Vec<String>,
-    bar: ProgressBar,
+    step: Option<Step>,
 }
 
 impl<'a> Reader<'a> {
     fn new(cases: &'a [Case]) -> Self {
-        let bar = ProgressBar::new(cases.len() as u64);
-        let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} {msg}");
-        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-        bar.set_message("booting the outer guest");
-        bar.enable_steady_tick(Duration::from_millis(200));
         Reader {
             cases,
             current: None,
             observed: Observed::default(),
             done: Vec::new(),
             rest: Vec::new(),
-            bar,
+            step: Some(progress::step("booting the outer guest")),
         }
     }
 
@@ -123,7 +118,10 @@ impl<'a> Reader<'a> {
             Some(("case", name)) => {
                 self.current = self.cases.iter().find(|case| case.to_string() == name).copied();
                 self.observed = Observed::default();
-                self.bar.set_message(name.to_string());
+                // One at a time: the last is over before the next is announced.
+                self.step = None;
+                let (number, all) = (self.done.len() + 1, self.cases.len());
+                self.step = Some(progress::step(&format!("{number} of {all}: {name}")));
             }
             Some(("done", _)) => self.finish(None),
             Some(("failed", why)) => self.finish(Some(why)),
@@ -139,6 +137,5 @@ impl<'a> Reader<'a> {
             None => self.observed.figures(),
         };
         self.done.push(Done { case, result });
-        self.bar.inc(1);
     }
 }
