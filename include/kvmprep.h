@@ -1096,7 +1096,8 @@ int kvmprep_get_fault_stats(const int *fds,
  * kvmprep_memslot_set() or kvmprep_memslot_note().
  *
  * On success `*out` is a handle that the caller frees with kvmprep_vm_free(). On error `*out` is untouched. The
- * handle belongs to the process that made the VM: after fork() the child must neither use nor free it.
+ * handle belongs to the process that made the VM: after fork() the child must neither use nor free it. It keeps
+ * /proc/self/maps and /proc/self/pagemap open, where it may open them: make it before privileges are dropped.
  *
  * Threads: any. Returns 0, or -EINVAL (a pointer NULL or misaligned, an unknown flag, gpa_bits out of range),
  * -E2BIG (a newer caller's field), -EBADF, -EOPNOTSUPP (KVMPREP_VM_KEEP_MAPPINGS on a kernel that cannot), -EIO
@@ -1179,8 +1180,8 @@ int kvmprep_memslot_note(struct kvmprep_vm *vm,
 /**
  * Announces that guest memory is about to be discarded while its slot stays: madvise(MADV_DONTNEED), hole punch,
  * a balloon, virtio-mem's unplug, another mapping in its place. Returns once no worker touches it; jobs under way
- * give the range up, and it is not covered any more. Start no job over it until the discard is done. The range
- * need not lie in slots.
+ * give the range up, and it is not covered any more, nor is the rest of the 2 MiB frames that it touches. Start no job
+ * over it until the discard is done. The range need not lie in slots.
  *
  * Threads: as kvmprep_memslot_changing(). Returns 0, or -EINVAL (a pointer NULL, a bad range).
  */

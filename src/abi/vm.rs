@@ -211,7 +211,8 @@ pub struct kvmprep_vm(pub(super) Arc<Vm>);
 /// kvmprep_memslot_set() or kvmprep_memslot_note().
 ///
 /// On success `*out` is a handle that the caller frees with kvmprep_vm_free(). On error `*out` is untouched. The
-/// handle belongs to the process that made the VM: after fork() the child must neither use nor free it.
+/// handle belongs to the process that made the VM: after fork() the child must neither use nor free it. It keeps
+/// /proc/self/maps and /proc/self/pagemap open, where it may open them: make it before privileges are dropped.
 ///
 /// Threads: any. Returns 0, or -EINVAL (a pointer NULL or misaligned, an unknown flag, gpa_bits out of range),
 /// -E2BIG (a newer caller's field), -EBADF, -EOPNOTSUPP (KVMPREP_VM_KEEP_MAPPINGS on a kernel that cannot), -EIO
@@ -248,7 +249,7 @@ pub unsafe extern "C" fn kvmprep_vm_new(
                 keep_mappings: config.flags & KVMPREP_VM_KEEP_MAPPINGS != 0,
                 mappings_are_kept: config.flags & KVMPREP_VM_MAPPINGS_ARE_KEPT != 0,
             };
-            let vm = Vm::new(Arc::new(Linux::default()), config)?;
+            let vm = Vm::new(Arc::new(Linux::with_open_files()), config)?;
             write(out, Box::into_raw(Box::new(kvmprep_vm(Arc::new(vm)))), "out")?;
             Ok(0)
         })
@@ -394,8 +395,8 @@ pub unsafe extern "C" fn kvmprep_memslot_note(
 
 /// Announces that guest memory is about to be discarded while its slot stays: madvise(MADV_DONTNEED), hole punch,
 /// a balloon, virtio-mem's unplug, another mapping in its place. Returns once no worker touches it; jobs under way
-/// give the range up, and it is not covered any more. Start no job over it until the discard is done. The range
-/// need not lie in slots.
+/// give the range up, and it is not covered any more, nor is the rest of the 2 MiB frames that it touches. Start no job
+/// over it until the discard is done. The range need not lie in slots.
 ///
 /// Threads: as kvmprep_memslot_changing(). Returns 0, or -EINVAL (a pointer NULL, a bad range).
 ///

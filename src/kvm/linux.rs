@@ -63,8 +63,8 @@ pub fn block_asynchronous_signals() -> impl Drop {
     }
 }
 
-/// The kernel this process runs on. Files of `/proc/self` are opened once, when first needed, and belong to the
-/// handle; they are close-on-exec.
+/// The kernel this process runs on. Files of `/proc/self` are opened once, when first needed or before, and belong to
+/// the handle; they are close-on-exec.
 #[derive(Default)]
 pub struct Linux {
     maps: OnceCell<File>,
@@ -85,6 +85,15 @@ fn is_unknown(errno: Errno) -> bool {
 }
 
 impl Linux {
+    /// With the files of `/proc/self` open already, where they can be: a VMM may lose the right to them, or the sight
+    /// of them, when it drops its privileges.
+    pub fn with_open_files() -> Self {
+        let linux = Self::default();
+        let _ = linux.maps.get_or_try_init(|| open("/proc/self/maps"));
+        let _ = linux.pagemap.get_or_try_init(|| open("/proc/self/pagemap"));
+        linux
+    }
+
     fn mapping_by_query(&self, hva: u64) -> Sys<Option<Mapping>> {
         let file = self.maps.get_or_try_init(|| open("/proc/self/maps"))?;
         let mut name = [0u8; MAPPING_NAME];
@@ -364,6 +373,12 @@ impl Kernel for Linux {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_handle_need_not_open_files_later() {
+        let kernel = Linux::with_open_files();
+        assert!(kernel.maps.get().is_some() && kernel.pagemap.get().is_some());
+    }
 
     #[test]
     fn the_text_of_the_mappings_says_what_each_look_says() {

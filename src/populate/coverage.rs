@@ -95,12 +95,13 @@ impl Coverage {
         }
     }
 
-    /// `range` has been discarded. Stage 2 loses the whole of a huge page that a part of was discarded.
+    /// `range` has been discarded. Stage 2 loses the whole of a huge page that a part of was discarded. So does the
+    /// record of the host side, though there the rest stays: else a guest's balloon could cut it into as many pieces
+    /// as it has pages.
     pub fn discarded(&mut self, range: Range) {
         let start = range.start - range.start % HUGE;
         let end = range.end.checked_next_multiple_of(HUGE).unwrap_or(range.end);
-        self.lost_stage2(Range { start, end }, Loss::Discarded);
-        self.lost(range, Loss::Discarded);
+        self.lost(Range { start, end }, Loss::Discarded);
     }
 
     /// `range` has been lost from both tables.
@@ -211,6 +212,22 @@ mod tests {
         let covered = coverage.within(ALL);
         assert_eq!((covered.stage2_read, covered.stage2_write, covered.lost), (0x6000, 0, 0));
         assert_eq!(covered.last_loss, Loss::DirtyLogging);
+    }
+
+    #[test]
+    fn a_balloon_cannot_cut_the_record_to_pieces() {
+        let mut coverage = Coverage::default();
+        let memory = Range { start: 0, end: 8 * HUGE };
+        coverage.gained(Table::Host, Access::Write, memory);
+        coverage.gained(Table::Stage2, Access::Write, memory);
+        // Every other page of every other frame.
+        for page in (0..8 * HUGE).step_by(8192).filter(|page| page / HUGE % 2 == 0) {
+            coverage.discarded(Range { start: page, end: page + 4096 });
+        }
+        for pieces in [coverage.host.read.iter().count(), coverage.stage2.write.iter().count()] {
+            assert_eq!(pieces, 4);
+        }
+        assert_eq!(coverage.within(memory).host, 4 * HUGE);
     }
 
     #[test]
