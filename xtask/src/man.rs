@@ -14,7 +14,7 @@ use crate::project;
 use crate::setup;
 use anyhow::{Context, Result, bail};
 use header::{Header, squeezed};
-use page::{Page, joined};
+use page::{Page, WHOLE_WORDS, joined};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::Command;
@@ -144,6 +144,9 @@ impl Manual {
         let mut complaints = Vec::new();
         for page in self.written() {
             complaints.extend(self.wrong_title(page));
+            if !page.requests().take_while(|request| *request != "TH").any(|request| request == WHOLE_WORDS) {
+                complaints.push(format!("{}: no .{WHOLE_WORDS} before the title line", page.title()));
+            }
             let headings: Vec<&str> = page.headings().collect();
             if self.header.functions.contains_key(&page.name) {
                 let found = headings.iter().filter(|heading| FUNCTION_SECTIONS.contains(heading));

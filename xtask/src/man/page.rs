@@ -18,6 +18,10 @@ pub struct Page {
     pub lines: Vec<Line>,
 }
 
+/// Keeps groff from hyphenating, when it stands before the title line: a name that is cut at a line's end can be
+/// neither searched for nor copied.
+pub const WHOLE_WORDS: &str = "nr HY 0";
+
 /// One line of a page.
 pub struct Line {
     /// The macro at its start; empty for text.
@@ -65,6 +69,11 @@ impl Page {
     /// The headings of its sections, in order.
     pub fn headings(&self) -> impl Iterator<Item = &str> {
         self.lines.iter().filter(|line| line.request == "SH").map(|line| line.text.as_str())
+    }
+
+    /// The macros of its lines, in order.
+    pub fn requests(&self) -> impl Iterator<Item = &str> {
+        self.lines.iter().map(|line| line.request.as_str())
     }
 
     /// The lines of a section; none where there is no such section.
@@ -142,6 +151,9 @@ fn parse_line(source: &str) -> Result<Line> {
     let Some(source) = source.strip_prefix('.') else {
         return Ok(line("", plain(source)?, None));
     };
+    if source == WHOLE_WORDS {
+        return Ok(line(WHOLE_WORDS, String::new(), None));
+    }
     let (request, rest) = source.split_once(' ').unwrap_or((source, ""));
     let words = arguments(rest)?;
     let (text, italic) = match request {
@@ -222,6 +234,7 @@ mod tests {
     #[test]
     fn what_is_not_understood_is_refused() {
         assert!(parse_line(".Sh NAME").is_err());
+        assert!(parse_line(".nr HY 1").is_err());
         assert!(parse_line("a \\(co b").is_err());
         assert!(parse_line(".B \"open").is_err());
         assert!(parse(".EX\nx = -1;\n.EE\n").is_err());
