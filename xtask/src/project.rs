@@ -31,6 +31,13 @@ pub fn write_figures(name: &str, figures: &impl serde::Serialize) -> Result<Path
     Ok(path)
 }
 
+/// The library's version, as cargo knows it.
+pub fn version() -> Result<String> {
+    let id = run(cargo().args(["pkgid", "--package", "kvmprep"]))?;
+    let version = id.trim().rsplit(['#', '@']).next().context("cargo pkgid says nothing")?;
+    Ok(version.to_owned())
+}
+
 /// Runs a tool; its failure is an error that shows what it said.
 pub fn run(command: &mut Command) -> Result<String> {
     let output = command.output().with_context(|| format!("cannot start {command:?}"))?;

@@ -1,8 +1,9 @@
 //! The recorded interfaces, and what the current one may be beside them.
 //!
 //! abi/SONAME/VERSION/ holds the header and the symbol versions of each version, as they were. Programs that were
-//! built with any of them run with the current library, so none of them may lose anything; and the newest record
-//! must be the current interface to the letter, so that nothing changes unseen. A record is never edited by hand.
+//! built with any of them run with the current library, so none of them may lose anything; and the record of the
+//! current version must be the current files to the letter, comments included, so that nothing changes unseen. A
+//! record is never edited by hand.
 
 use super::text::{self, Growth};
 use super::view::{self, Interface};
@@ -55,35 +56,22 @@ pub fn recorded() -> Result<Vec<Recorded>> {
 
 /// Fails when the current interface is not the recorded one.
 pub fn check() -> Result<()> {
-    let (all, current) = (recorded()?, current()?);
-    let newest = all
-        .last()
-        .with_context(|| format!("no interface is recorded for {SONAME}: run `cargo xtask abi record`"))?;
+    let (all, current, version) = (recorded()?, current()?, project::version()?);
     symbols::check_map(&current.header, &current.map)?;
-    for older in &all {
-        let changes = compare(&older.interface, &current)?;
-        changes.refuse_incompatible(&older.version)?;
-        if older.version == newest.version && !changes.compatible.is_empty() {
-            bail!(
-                "the interface is not the one recorded as {}, though compatible with it: run `cargo xtask abi record` \
-                 and commit abi/\n{}",
-                older.version,
-                changes.compatible.join("\n")
-            );
-        }
-    }
-    Ok(())
+    check_programs(&all, &current, &version)?;
+    let own = all.iter().find(|recorded| recorded.version == version);
+    let own = own.with_context(|| {
+        format!("{SONAME} {version} has no record: run `cargo xtask abi record` and commit abi/")
+    })?;
+    check_letters(own, &current)
 }
 
 /// Makes the current interface the record of its version, unless programs would break.
 pub fn record() -> Result<()> {
-    let (all, current) = (recorded()?, current()?);
+    let (all, current, version) = (recorded()?, current()?, project::version()?);
     header::check()?;
     symbols::check_map(&current.header, &current.map)?;
-    for older in &all {
-        compare(&older.interface, &current)?.refuse_incompatible(&older.version)?;
-    }
-    let version = library_version()?;
+    check_programs(&all, &current, &version)?;
     if let Some(newest) = all.last() {
         ensure!(
             numbers(&newest.version) <= numbers(&version),
@@ -97,6 +85,48 @@ pub fn record() -> Result<()> {
     std::fs::write(directory.join("kvmprep.map"), &current.map)?;
     println!("recorded as {SONAME} {version}: commit abi/");
     Ok(())
+}
+
+/// Fails when a program that was built with any recorded version would break, or start with a library too old for it.
+fn check_programs(all: &[Recorded], current: &Interface, version: &str) -> Result<()> {
+    for older in all {
+        compare(&older.interface, current)?.refuse_incompatible(&older.version)?;
+        if older.version != version {
+            check_nodes(older, current)?;
+        }
+    }
+    Ok(())
+}
+
+/// Fails when a node that an earlier version had has got another function: a program that uses it would start with a
+/// library of that version and die at the call, and its package would ask for no newer one.
+fn check_nodes(older: &Recorded, current: &Interface) -> Result<()> {
+    let (before, now) = (symbols::mapped(&older.interface.map), symbols::mapped(&current.map));
+    let nodes: BTreeSet<&String> = before.values().collect();
+    let is_late = |(name, node): &(&String, &String)| !before.contains_key(*name) && nodes.contains(node);
+    let late: Vec<String> =
+        now.iter().filter(is_late).map(|(name, node)| format!("{name} in {node}")).collect();
+    ensure!(
+        late.is_empty(),
+        "abi/kvmprep.map has {}, and {} had that node without it: put it into the node of the release to come",
+        late.join(", "),
+        older.version
+    );
+    Ok(())
+}
+
+/// Fails when header or map are not the recorded ones, comments included: a record is what a version's users were told.
+fn check_letters(recorded: &Recorded, current: &Interface) -> Result<()> {
+    if recorded.interface == *current {
+        return Ok(());
+    }
+    let added = compare(&recorded.interface, current)?.compatible;
+    let what = if added.is_empty() { "only words differ".to_owned() } else { added.join("\n") };
+    bail!(
+        "include/kvmprep.h or abi/kvmprep.map is not the one recorded as {}: run `cargo xtask abi record` and commit \
+         abi/\n{what}",
+        recorded.version
+    )
 }
 
 impl Changes {
@@ -190,13 +220,6 @@ fn directory() -> PathBuf {
     project::root().join("abi").join(SONAME)
 }
 
-/// The version that Cargo.toml gives the library.
-fn library_version() -> Result<String> {
-    let manifest = std::fs::read_to_string(project::root().join("Cargo.toml"))?;
-    let line = manifest.lines().find_map(|line| line.strip_prefix("version = \"")?.strip_suffix('"'));
-    line.map(str::to_owned).context("Cargo.toml does not say the library's version")
-}
-
 fn numbers(version: &str) -> Vec<u32> {
     version.split('.').filter_map(|number| number.parse().ok()).collect()
 }
@@ -259,6 +282,34 @@ mod tests {
         assert_eq!(verdict(FIXED, GROWING, "1u"), Some(false));
         assert_eq!(verdict(FIXED, GROWING, "(2 - 1)"), None);
         assert_eq!(verdict(FIXED, GROWING, "1\n#define KVMPREP_D 2"), Some(true));
+    }
+
+    /// What is said of a version 1 with `kvmprep_a` in node K_1, when a later one adds `kvmprep_b` in `node`.
+    fn nodes(node: &str) -> Result<()> {
+        let with = |map: String| Interface { header: String::new(), map };
+        let first = "K_1 {\nglobal:\n    kvmprep_a;\n};\n".to_owned();
+        let now = match node {
+            "K_1" => first.replace("kvmprep_a;", "kvmprep_a;\n    kvmprep_b;"),
+            node => format!("{first}{node} {{\nglobal:\n    kvmprep_b;\n}} K_1;\n"),
+        };
+        check_nodes(&Recorded { version: "1".into(), interface: with(first) }, &with(now))
+    }
+
+    #[test]
+    fn a_node_of_an_earlier_version_gets_no_function() {
+        assert!(nodes("K_2").is_ok());
+        let said = nodes("K_1").unwrap_err().to_string();
+        assert!(said.contains("kvmprep_b in K_1") && !said.contains("kvmprep_a"), "{said}");
+    }
+
+    #[test]
+    fn a_record_is_the_file_to_the_letter() {
+        crate::setup::require_packages(super::super::PACKAGES).unwrap();
+        let recorded = Recorded { version: "1".into(), interface: interface(FIXED, GROWING, "1") };
+        let said = |current: Interface| check_letters(&recorded, &current).unwrap_err().to_string();
+        assert!(check_letters(&recorded, &interface(FIXED, GROWING, "1")).is_ok());
+        assert!(said(interface(FIXED, GROWING, "1 /* one */")).contains("only words"));
+        assert!(said(interface(FIXED, GROWING, "1\n#define KVMPREP_D 2")).contains("KVMPREP_D is new"));
     }
 
     #[test]

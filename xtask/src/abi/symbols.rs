@@ -71,7 +71,7 @@ fn exported(library: &Path) -> Result<BTreeMap<String, String>> {
 }
 
 /// Each listed function with its version.
-fn mapped(map: &str) -> BTreeMap<String, String> {
+pub fn mapped(map: &str) -> BTreeMap<String, String> {
     let (mut node, mut found) = (String::new(), BTreeMap::new());
     for line in map.lines().map(str::trim) {
         if let Some(name) = line.strip_suffix('{') {

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// A header, and the versions of its functions.
-#[derive(Clone)]
+#[derive(Clone, PartialEq)]
 pub struct Interface {
     pub header: String,
     pub map: String,
