@@ -15,7 +15,12 @@ find_program(KVMPREP_CARGO cargo HINTS "$ENV{CARGO_HOME}/bin" "$ENV{HOME}/.cargo
 if(NOT KVMPREP_CARGO)
     message(FATAL_ERROR "cargo was not found: install Rust 1.85 or newer, or name it with -DKVMPREP_CARGO=")
 endif()
-set(KVMPREP_CARGO_FLAGS "" CACHE STRING "Further options for cargo, such as --offline or --frozen, as a list")
+set(KVMPREP_CARGO_FLAGS "" CACHE STRING
+    "Further options for cargo, such as --offline, as a shell takes them or as a list")
+string(REPLACE ";" " " cargo_flags "${KVMPREP_CARGO_FLAGS}")
+separate_arguments(cargo_flags UNIX_COMMAND "${cargo_flags}")
+# It is always given, and cargo takes it once.
+list(REMOVE_ITEM cargo_flags --locked)
 
 execute_process(COMMAND ${KVMPREP_CARGO} -vV OUTPUT_VARIABLE cargo_says RESULT_VARIABLE cargo_failed)
 if(cargo_failed OR NOT cargo_says MATCHES "host: ([^\n]+)")
@@ -49,7 +54,7 @@ set(cargo_archive "${cargo_target_dir}/${rust_target}/${cargo_directory}/libkvmp
 # Cargo is asked each time: it alone knows what has changed, and leaves the archive alone when nothing has.
 add_custom_target(kvmprep_cargo
     COMMAND ${KVMPREP_CARGO} rustc --package kvmprep --lib --crate-type staticlib --locked
-        --profile ${cargo_profile} --target ${rust_target} --target-dir ${cargo_target_dir} ${KVMPREP_CARGO_FLAGS}
+        --profile ${cargo_profile} --target ${rust_target} --target-dir ${cargo_target_dir} ${cargo_flags}
     WORKING_DIRECTORY ${CMAKE_CURRENT_SOURCE_DIR}
     BYPRODUCTS ${cargo_archive}
     COMMENT "Building kvmprep with cargo"

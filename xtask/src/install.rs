@@ -5,6 +5,7 @@
 
 mod consumers;
 mod lane;
+mod packaged;
 mod tree;
 
 pub use lane::lane;

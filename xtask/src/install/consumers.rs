@@ -45,21 +45,23 @@ struct Project {
     programs: &'static [(&'static str, Has)],
 }
 
+const FIND_PACKAGE: Project = Project {
+    directory: "find_package",
+    build: find_package,
+    bin: "bin",
+    programs: &[
+        ("populate_c", Shared),
+        ("populate_c_static", Static),
+        ("populate_cpp", Shared),
+        ("populate_cpp_static", Static),
+        ("without_threads_c", Shared),
+        ("without_threads_c_static", Static),
+        ("loaded", Loaded),
+    ],
+};
+
 const PROJECTS: &[Project] = &[
-    Project {
-        directory: "find_package",
-        build: find_package,
-        bin: "bin",
-        programs: &[
-            ("populate_c", Shared),
-            ("populate_c_static", Static),
-            ("populate_cpp", Shared),
-            ("populate_cpp_static", Static),
-            ("without_threads_c", Shared),
-            ("without_threads_c_static", Static),
-            ("loaded", Loaded),
-        ],
-    },
+    FIND_PACKAGE,
     Project {
         directory: "add_subdirectory",
         build: add_subdirectory,
@@ -114,6 +116,21 @@ pub fn check(lane: &mut Lane, places: &Places) {
 
 fn find_package(places: &Places, from: &Path, build: &Path) -> Result<()> {
     cmake(from, build, &[&define("CMAKE_PREFIX_PATH", &places.prefix)])
+}
+
+/// Fails when the CMake package of a tree without the archive is of no use to programs that do not ask for the
+/// archive, or does not say what is missing to those that do.
+pub fn check_without_archive(projects: &Path, prefix: &Path) -> Result<()> {
+    let (from, build) = (projects.join(FIND_PACKAGE.directory), prefix.with_extension("shared"));
+    let prefix = define("CMAKE_PREFIX_PATH", prefix);
+    cmake(&from, &build, &[&prefix, OsStr::new("-DSTATIC=OFF")]).context("shared only")?;
+    for (program, has) in FIND_PACKAGE.programs.iter().filter(|(_, has)| *has != Static) {
+        has_library(&build.join(FIND_PACKAGE.bin).join(program), *has)?;
+    }
+    let refused = cmake(&from, &build.with_extension("static"), &[&prefix]);
+    let said = refused.err().context("the component static was found")?.to_string();
+    ensure!(said.contains("libkvmprep.a is not installed"), "{said}");
+    Ok(())
 }
 
 fn add_subdirectory(places: &Places, from: &Path, build: &Path) -> Result<()> {

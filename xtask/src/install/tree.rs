@@ -16,6 +16,13 @@ const LARGEST: u64 = 1 << 20;
 /// The interface's first version.
 const FIRST_NODE: &str = "KVMPREP_0.1";
 
+/// What a path in a tree leads to.
+#[derive(PartialEq)]
+pub enum Entry {
+    File(Vec<u8>),
+    Link(PathBuf),
+}
+
 /// An installed tree, with its libraries in `lib`.
 pub struct Tree {
     pub prefix: PathBuf,
@@ -33,8 +40,8 @@ impl Tree {
         self.prefix.join("lib/libkvmprep.a")
     }
 
-    /// Every path in it, and what is there: bytes, or where a link leads.
-    pub fn files(&self) -> Result<BTreeMap<PathBuf, Vec<u8>>> {
+    /// Every path in it, and what is there.
+    pub fn files(&self) -> Result<BTreeMap<PathBuf, Entry>> {
         let mut files = BTreeMap::new();
         collect(&self.prefix, Path::new(""), &mut files)?;
         Ok(files)
@@ -165,6 +172,8 @@ fn expected_files(version: &str, manual: &Path) -> Result<BTreeSet<PathBuf>> {
         "include/kvmprep.h",
         "lib/cmake/kvmprep/kvmprepConfig.cmake",
         "lib/cmake/kvmprep/kvmprepConfigVersion.cmake",
+        "lib/cmake/kvmprep/kvmprepStaticTargets-release.cmake",
+        "lib/cmake/kvmprep/kvmprepStaticTargets.cmake",
         "lib/cmake/kvmprep/kvmprepTargets-release.cmake",
         "lib/cmake/kvmprep/kvmprepTargets.cmake",
         "lib/libkvmprep.a",
@@ -187,7 +196,7 @@ fn expected_files(version: &str, manual: &Path) -> Result<BTreeSet<PathBuf>> {
     Ok(files)
 }
 
-fn collect(root: &Path, below: &Path, files: &mut BTreeMap<PathBuf, Vec<u8>>) -> Result<()> {
+fn collect(root: &Path, below: &Path, files: &mut BTreeMap<PathBuf, Entry>) -> Result<()> {
     for entry in std::fs::read_dir(root.join(below))? {
         let entry = entry?;
         let path = below.join(entry.file_name());
@@ -195,10 +204,9 @@ fn collect(root: &Path, below: &Path, files: &mut BTreeMap<PathBuf, Vec<u8>>) ->
         if kind.is_dir() {
             collect(root, &path, files)?;
         } else if kind.is_symlink() {
-            let target = std::fs::read_link(entry.path())?;
-            files.insert(path, target.into_os_string().into_encoded_bytes());
+            files.insert(path, Entry::Link(std::fs::read_link(entry.path())?));
         } else {
-            files.insert(path, std::fs::read(entry.path())?);
+            files.insert(path, Entry::File(std::fs::read(entry.path())?));
         }
     }
     Ok(())
