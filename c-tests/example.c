@@ -30,6 +30,6 @@ int prepare_guest(int vm_fd, int vcpu_fd, void *ram, uint64_t ram_size) {
 failed_with_vm:
     kvmprep_vm_free(vm);
 failed:
-    fprintf(stderr, "%s; %s\n", err.message, err.hint);
+    fprintf(stderr, "%s%s%s\n", err.message, err.hint[0] ? "; " : "", err.hint);
     return err.code;
 }
