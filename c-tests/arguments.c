@@ -147,6 +147,7 @@ static void without_a_handle(void) {
     CHECK_ERR(kvmprep_probe(-1, -1, MISALIGNED(&caps), sizeof(caps) - 1, &err), err, EINVAL,
               KVMPREP_REASON_MISALIGNED_POINTER);
     CHECK_ERR(kvmprep_probe(-1, -1, &caps, sizeof(caps), &err), err, EBADF, KVMPREP_REASON_BAD_FD);
+    CHECK(strstr(err.message, "both") != NULL && strstr(err.message, " are ") != NULL);
     CHECK_ERR(kvmprep_probe(-7, -1, &caps, sizeof(caps), &err), err, EBADF, KVMPREP_REASON_BAD_FD);
     CHECK_ERR(kvmprep_probe(-1, INT_MIN, &caps, sizeof(caps), &err), err, EBADF, KVMPREP_REASON_BAD_FD);
 
@@ -739,6 +740,7 @@ static void memslot_that_kvm_refuses(void) {
     CHECK_EQ(s.err.stage, KVMPREP_STAGE_MEMSLOT);
     CHECK_EQ(s.err.gpa, resized.gpa);
     CHECK_EQ(s.err.size, resized.size);
+    CHECK(strstr(s.err.hint, "delete the slot") != NULL);
     odd.slot = 0xffff; /* more than there can be */
     odd.gpa += 32 * MIB;
     CHECK_ERR(kvmprep_memslot_set(s.handle, &odd, &s.err), s.err, EINVAL, KVMPREP_REASON_KERNEL_REFUSED);
@@ -852,17 +854,28 @@ static void descriptors(void) {
     for (size_t i = 0; i < sizeof(no_vms) / sizeof(no_vms[0]); i++) {
         config.vm_fd = no_vms[i];
         CHECK_ERR(kvmprep_vm_new(&config, &out, &s.err), s.err, EBADF, KVMPREP_REASON_BAD_FD);
-        CHECK(kvmprep_keep_mappings(no_vms[i], &s.err) < 0);
+        CHECK_ERR(kvmprep_keep_mappings(no_vms[i], &s.err), s.err, EBADF, KVMPREP_REASON_BAD_FD);
+        CHECK_ERR(kvmprep_probe(-1, no_vms[i], &caps, sizeof(caps), &s.err), s.err, EBADF,
+                  KVMPREP_REASON_BAD_FD);
     }
     CHECK(out == NULL);
 
     CHECK_ERR(kvmprep_probe(closed, -1, &caps, sizeof(caps), &s.err), s.err, EBADF, KVMPREP_REASON_BAD_FD);
     CHECK_ERR(kvmprep_probe(-1, closed, &caps, sizeof(caps), &s.err), s.err, EBADF, KVMPREP_REASON_BAD_FD);
-    CHECK_EQ(kvmprep_probe(event, -1, &caps, sizeof(caps), &s.err), -ENOTTY);
+    /* A VM answers for /dev/kvm, anything else does not: the code is the kernel's. */
+    CHECK_OK(kvmprep_probe(s.vm.fd, -1, &caps, sizeof(caps), &s.err), s.err);
+    CHECK_ERR(kvmprep_probe(event, -1, &caps, sizeof(caps), &s.err), s.err, ENOTTY, KVMPREP_REASON_BAD_FD);
+    CHECK_ERR(kvmprep_probe(s.vcpus[0].fd, -1, &caps, sizeof(caps), &s.err), s.err, EINVAL,
+              KVMPREP_REASON_BAD_FD);
+    CHECK(s.err.hint[0] != 0);
     CHECK_ERR(kvmprep_get_fault_stats(&closed, 1, &stats, sizeof(stats), &s.err), s.err, EBADF,
               KVMPREP_REASON_BAD_FD);
-    CHECK_ERR(kvmprep_get_fault_stats(&event, 1, &stats, sizeof(stats), &s.err), s.err, EOPNOTSUPP,
-              KVMPREP_REASON_KERNEL_REFUSED);
+    const int no_counters[] = {event, empty, s.vm.kvm};
+    for (size_t i = 0; i < sizeof(no_counters) / sizeof(no_counters[0]); i++) {
+        int fds[2] = {s.vcpus[0].fd, no_counters[i]};
+        CHECK_ERR(kvmprep_get_fault_stats(fds, 2, &stats, sizeof(stats), &s.err), s.err, EBADF,
+                  KVMPREP_REASON_BAD_FD);
+    }
     struct kvmprep_range range = range_of(MEMORY_GPA, PAGE);
     CHECK_ERR(kvmprep_vcpu_pre_fault(closed, &range, &s.err), s.err, EBADF, KVMPREP_REASON_BAD_FD);
     const int others[] = {event, s.vm.kvm, s.vm.fd};
@@ -874,6 +887,18 @@ static void descriptors(void) {
     CHECK_EQ(kvmprep_job_free(job), 0);
     close(event);
     close(empty);
+    setting_end(&s);
+}
+
+/* A pre-fault that runs out of its memslot stops there. No handle is in play, so no advice is about one. */
+static void pre_fault_beyond_the_memslot(void) {
+    struct setting s = setting_make_with_stage2(MEMFD_SHARED, SIZE);
+    struct kvmprep_range range = range_of(MEMORY_GPA + SIZE - PAGE, 2 * PAGE);
+    CHECK_ERR(kvmprep_vcpu_pre_fault(s.vcpus[0].fd, &range, &s.err), s.err, ENOENT,
+              KVMPREP_REASON_NO_MEMSLOT);
+    CHECK_EQ(range.gpa, MEMORY_GPA + SIZE);
+    CHECK_EQ(range.size, PAGE);
+    CHECK(s.err.hint[0] != 0 && strstr(s.err.hint, "handle") == NULL);
     setting_end(&s);
 }
 
@@ -967,6 +992,7 @@ int main(int argc, char **argv) {
         {"memslot_that_kvm_refuses", memslot_that_kvm_refuses},
         {"options", options},
         {"descriptors", descriptors},
+        {"pre_fault_beyond_the_memslot", pre_fault_beyond_the_memslot},
         {"unfit_memory", unfit_memory},
         {"handle_with_a_job", handle_with_a_job},
         {"probe", probe},

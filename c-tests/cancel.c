@@ -293,6 +293,8 @@ static void the_descriptor(void) {
     usleep(60000); /* it is told of at most twenty times a second, and the job has only begun */
     CHECK_OK(kvmprep_job_run(job, -1, &s.err), s.err); /* the host stage only */
     CHECK(is_readable(fd));
+    /* A call that is refused does not use up what there is to say. */
+    CHECK_ERR(kvmprep_job_progress(job, &progress, 0, &s.err), s.err, EINVAL, KVMPREP_REASON_STRUCT_SIZE);
     CHECK(is_readable(fd));
     CHECK_OK(kvmprep_job_progress(job, &progress, sizeof(progress), &s.err), s.err);
     CHECK_EQ(progress.host_done, SIZE);

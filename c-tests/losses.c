@@ -396,8 +396,13 @@ static void required_stage_2_of_a_dirty_logged_slot_is_refused(void) {
     struct kvmprep_populate_opts opts = KVMPREP_POPULATE_OPTS_INIT;
     opts.vcpu_fd = s.vcpus[0].fd;
     opts.flags = KVMPREP_POPULATE_REQUIRE_STAGE2;
-    CHECK_ERR(kvmprep_populate(s.handle, &all, 1, &opts, NULL, 0, &s.err), s.err, EBUSY,
-              KVMPREP_REASON_MEMSLOT_DIRTY_LOGGED);
+    for (size_t n = 0; n < 2; n++) { /* in "all memory" as well as named */
+        CHECK_ERR(kvmprep_populate(s.handle, &all, n, &opts, NULL, 0, &s.err), s.err, EBUSY,
+                  KVMPREP_REASON_MEMSLOT_DIRTY_LOGGED);
+        CHECK_EQ(s.err.slot, MEMORY_SLOT);
+        CHECK_EQ(s.err.gpa, MEMORY_GPA);
+        CHECK_EQ(s.err.size, SIZE);
+    }
     CHECK_EQ(present_bytes(s.memory.hva, SIZE), 0);
     setting_end(&s);
 }

@@ -4,8 +4,8 @@
 //! It never closes a descriptor of the VMM's and holds no lock across a system call that can wait.
 
 use crate::error::{Error, Reason, Result, Stage};
-use crate::kvm::Kernel;
 use crate::kvm::caps::{Caps, QUIRK_SLOT_ZAP_ALL};
+use crate::kvm::{Errno, Kernel};
 use crate::memslot::{Memslot, SlotId, SlotRecord, address_space};
 use crate::populate::coverage::{Coverage, Covered};
 use crate::populate::queue::Queue;
@@ -56,6 +56,7 @@ pub(crate) struct Memory {
 
 /// Disables the slot-zap-all quirk of a VM.
 pub fn keep_mappings(kernel: &dyn Kernel, vm_fd: RawFd) -> Result<()> {
+    check_vm(kernel, vm_fd)?;
     let caps =
         Caps::probe(kernel, None, Some(vm_fd)).map_err(|errno| Error::kernel(errno, "probing the VM"))?;
     if !caps.can_keep_mappings {
@@ -71,13 +72,35 @@ pub fn keep_mappings(kernel: &dyn Kernel, vm_fd: RawFd) -> Result<()> {
         .map_err(|errno| Error::kernel(errno, "disabling KVM_X86_QUIRK_SLOT_ZAP_ALL"))
 }
 
-/// Refuses what is no VM. /dev/kvm answers what the probe asks too, so the probe cannot tell.
-fn check_vm(kernel: &dyn Kernel, fd: RawFd) -> Result<()> {
-    if kernel.file_name(fd).is_none_or(|name| name.contains("kvm-vm")) {
+/// Whether the descriptor is not known to be something else than a VM.
+pub(crate) fn is_vm(kernel: &dyn Kernel, fd: RawFd) -> bool {
+    kernel.file_name(fd).is_none_or(|name| name.contains("kvm-vm"))
+}
+
+/// Refuses what is no VM. /dev/kvm answers what the probe asks too, so the probe's answers cannot tell.
+pub(crate) fn check_vm(kernel: &dyn Kernel, fd: RawFd) -> Result<()> {
+    if is_vm(kernel, fd) {
         return Ok(());
     }
     Err(Error::new(libc::EBADF, Reason::BadFd, format!("descriptor {fd} is not a VM"))
         .hint("pass what KVM_CREATE_VM returned"))
+}
+
+/// Why KVM did not take a slot. What is known of any refusal of its own goes before what is known of slots.
+fn refused_slot(slot: &Memslot, errno: Errno) -> Error {
+    let mut error = Error::kernel(errno, "KVM_SET_USER_MEMORY_REGION").stage(Stage::Memslot).slot(slot.id());
+    error.range = slot.range();
+    if !error.hint.is_empty() {
+        return error;
+    }
+    error.hint(match errno.0 {
+        libc::EINVAL => {
+            "delete the slot before its size, memory or permission changes; check its number and its guest_memfd"
+        }
+        libc::EEXIST => "tell the handle of every slot there is: KVM has one there already",
+        libc::ENOTTY => "needs x86-64, and for a guest_memfd Linux 6.8",
+        _ => "the slot is as it was before",
+    })
 }
 
 impl Vm {
@@ -281,10 +304,7 @@ impl Vm {
         self.changing(slot.id());
         if let Err(errno) = self.kernel.set_region(self.fd, &slot.region) {
             self.memory().slots.set_changing(slot.id(), false);
-            let mut error =
-                Error::kernel(errno, "KVM_SET_USER_MEMORY_REGION").stage(Stage::Memslot).slot(slot.id());
-            error.range = slot.range();
-            return Err(error.hint("the slot is as it was before"));
+            return Err(refused_slot(slot, errno));
         }
         self.note(slot)
     }

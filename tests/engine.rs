@@ -7,11 +7,11 @@ mod fake;
 
 use fake::{Call, Fake};
 use kvmprep::error::{Reason, Stage};
-use kvmprep::kvm::{Errno, Region};
+use kvmprep::kvm::{Errno, MEM_LOG_DIRTY_PAGES, Region};
 use kvmprep::memslot::{Memslot, Nature};
 use kvmprep::populate::job::{Job, Leave, Options, Stage2State, Worker};
 use kvmprep::populate::plan::Intent;
-use kvmprep::range::{HUGE, Range};
+use kvmprep::range::{HUGE, PAGE, Range};
 use kvmprep::vm::{Config, Vm};
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -551,6 +551,36 @@ fn a_slot_that_the_kernel_refuses_is_as_it_was() {
     assert_eq!(kernel.stage2.lock().unwrap().size(), SIZE);
     vm.set(&slot(1, GPA, 0)).unwrap();
     assert_eq!(Job::new(&vm, &[GUEST], WRITE).err().unwrap().reason, Reason::NoMemslot);
+}
+
+/// What is known of a refusal is not written over by what is said of any.
+#[test]
+fn a_refused_slot_comes_with_the_advice_that_fits() {
+    for (errno, reason, advice) in [
+        (libc::EINVAL, Reason::KernelRefused, "delete the slot"),
+        (libc::EEXIST, Reason::KernelRefused, "tell the handle"),
+        (libc::ENOMEM, Reason::KernelRefused, "as it was"),
+        (libc::EBADF, Reason::BadFd, "file descriptor"),
+        (libc::EIO, Reason::VmDead, "dead"),
+    ] {
+        let (kernel, vm) = vm_of(fake());
+        kernel.fail(Call::SetRegion, 0, errno);
+        let error = vm.set(&slot(1, GPA, 0)).unwrap_err();
+        assert_eq!((error.errno, error.reason), (errno, reason));
+        assert!(error.hint.contains(advice), "{errno}: {}", error.hint);
+    }
+}
+
+#[test]
+fn a_log_in_the_way_of_a_required_stage_2_is_named() {
+    let (_, vm) = vm_of(fake());
+    let half = SIZE / 2 / PAGE * PAGE;
+    let mut logged = slot(2, GPA + half, SIZE - half);
+    logged.region.flags = MEM_LOG_DIRTY_PAGES;
+    vm.set_memslots(&[slot(1, GPA, half), logged]).unwrap();
+    let error = Job::new(&vm, &[], Options { require_stage2: true, ..WRITE }).err().unwrap();
+    assert_eq!((error.errno, error.reason), (libc::EBUSY, Reason::MemslotDirtyLogged));
+    assert_eq!((error.slot, error.range), (Some(2), logged.range()));
 }
 
 #[test]

@@ -96,11 +96,7 @@ pub unsafe fn read_growing<T: Growing>(pointer: *const T, name: &str) -> Result<
 /// # Safety
 /// A pointer that is neither NULL nor misaligned points to `size` writable bytes.
 pub unsafe fn write_sized<T: Copy>(pointer: *mut T, size: usize, value: &T, name: &str) -> Result<()> {
-    check_pointer(pointer, name)?;
-    if size == 0 || size > LARGEST_STRUCT {
-        return Err(Error::invalid(Reason::StructSize, format!("the size passed for {name} is {size}"))
-            .hint("pass sizeof of the struct"));
-    }
+    check_sized_out(pointer, size, name)?;
     let known = size.min(size_of::<T>());
     // SAFETY: `size` writable bytes by the caller's word; `known` readable ones of a T.
     unsafe {
@@ -163,17 +159,19 @@ pub fn check_out<T>(pointer: *mut T, name: &str) -> Result<()> {
     check_pointer(pointer.cast_const(), name)
 }
 
-/// As [`check_out`], for a result that may be left out with NULL.
-pub fn check_optional_out<T>(pointer: *mut T, size: usize, name: &str) -> Result<()> {
-    if pointer.is_null() {
-        return Ok(());
-    }
+/// As [`check_out`], for a result whose caller says its size.
+pub fn check_sized_out<T>(pointer: *mut T, size: usize, name: &str) -> Result<()> {
     check_out(pointer, name)?;
     if size == 0 || size > LARGEST_STRUCT {
         return Err(Error::invalid(Reason::StructSize, format!("the size passed for {name} is {size}"))
             .hint("pass sizeof of the struct"));
     }
     Ok(())
+}
+
+/// As [`check_sized_out`], for a result that may be left out with NULL.
+pub fn check_optional_out<T>(pointer: *mut T, size: usize, name: &str) -> Result<()> {
+    if pointer.is_null() { Ok(()) } else { check_sized_out(pointer, size, name) }
 }
 
 /// A descriptor, or `None` for -1 where one may be left out.

@@ -7,9 +7,11 @@ use crate::error::{Error, Reason, Result, Stage};
 use crate::kvm::caps::Caps;
 use crate::kvm::{Kernel, Linux, Stats};
 use crate::populate::job::{VCPU_REFUSED_HINT, vcpu_refused_message};
-use crate::populate::stage2::{self, Outcome, Patience, Pause};
+use crate::populate::stage2::{self, Outcome, Patience, Pause, is_vcpu};
 use crate::range::Range;
+use crate::vm::{check_vm, is_vm};
 use std::ffi::c_int;
+use std::os::fd::RawFd;
 use std::sync::atomic::AtomicU32;
 use std::time::Duration;
 
@@ -69,7 +71,8 @@ impl From<&Caps> for kvmprep_caps {
 /// its answers are taken, since they are the ones that hold. Both stay the caller's.
 ///
 /// Threads: any, at any time. Returns 0, or -EINVAL (`caps` NULL or misaligned, a bad size), -EBADF (no usable
-/// descriptor), or what KVM_CHECK_EXTENSION answered (-ENOTTY: not KVM's descriptor; -EIO: another process's VM).
+/// descriptor, or `vm_fd` is no VM), -ENOTTY or -EINVAL with reason BAD_FD (`kvm_fd` is not /dev/kvm), -EIO (another
+/// process's VM).
 ///
 /// # Safety
 /// `caps` points to `caps_size` bytes, `err` to a kvmprep_error or is NULL.
@@ -84,15 +87,30 @@ pub unsafe extern "C" fn kvmprep_probe(
     // SAFETY: passed on from the caller.
     unsafe {
         boundary(err, || {
-            check_out(caps, "caps")?;
-            let (kvm, vm) = (optional_fd(kvm_fd, "kvm_fd")?, optional_fd(vm_fd, "vm_fd")?);
-            required_fd(kvm.or(vm).unwrap_or(-1), "both kvm_fd and vm_fd")?;
-            let found = Caps::probe(&Linux::default(), kvm, vm)
-                .map_err(|errno| Error::kernel(errno, "asking KVM for its capabilities"))?;
+            check_sized_out(caps, caps_size, "caps")?;
+            let found = probe(optional_fd(kvm_fd, "kvm_fd")?, optional_fd(vm_fd, "vm_fd")?)?;
             write_sized(caps, caps_size, &(&found).into(), "caps")?;
             Ok(0)
         })
     }
+}
+
+fn probe(kvm: Option<RawFd>, vm: Option<RawFd>) -> Result<Caps> {
+    let kernel = Linux::default();
+    if kvm.or(vm).is_none() {
+        return Err(Error::new(libc::EBADF, Reason::BadFd, "both kvm_fd and vm_fd are -1")
+            .hint("pass one of /dev/kvm, or of the VM"));
+    }
+    if let Some(vm) = vm {
+        check_vm(&kernel, vm)?;
+    }
+    Caps::probe(&kernel, kvm, vm).map_err(|errno| match (errno.0, kvm, vm) {
+        (libc::ENOTTY | libc::EINVAL, Some(kvm), None) => {
+            Error::new(errno.0, Reason::BadFd, format!("descriptor {kvm} is not /dev/kvm"))
+                .hint("pass what opening /dev/kvm returned")
+        }
+        _ => Error::kernel(errno, "asking KVM for its capabilities"),
+    })
 }
 
 /// A patience of its own: for one call on the caller's thread.
@@ -133,8 +151,9 @@ impl Patience for OneCall<'_> {
 /// Returns 0, or -EINVAL (`remaining` NULL, misaligned, empty, unaligned, wrapping, beyond the host's address width),
 /// -EINVAL or -ENOTTY (not a vCPU), -EBADF, -EINTR (a signal: call again), -ENOENT (no memslot at `remaining->gpa`),
 /// -EFAULT (nothing mapped there in the host), -EAGAIN (its slot is being deleted, for two seconds), -EOPNOTSUPP
-/// (reason NO_STAGE2: not this kernel or host; VCPU_REFUSED: not this vCPU now), -ENOMEM, -EHWPOISON, -EIO (dead or
-/// another process's VM).
+/// (reason NO_STAGE2: this kernel has no such ioctl; VCPU_REFUSED: not this vCPU now, or no vCPU of this host ever,
+/// since it has no nested paging: kvmprep_probe() with the VM tells, so ask it before trying again), -ENOMEM,
+/// -EHWPOISON, -EIO (dead or another process's VM).
 ///
 /// # Safety
 /// `remaining` points to a kvmprep_range, `err` to a kvmprep_error or is NULL.
@@ -172,14 +191,28 @@ fn sort(asked: Range, outcome: Outcome) -> (Option<Range>, Option<Error>) {
         ),
         Outcome::VcpuRefused(rest) => (
             Some(rest),
-            at(rest, libc::EOPNOTSUPP, Reason::VcpuRefused, vcpu_refused_message())
-                .map(|e| e.hint(VCPU_REFUSED_HINT)),
+            // KVM says the same where there is no nested paging. A vCPU cannot be asked which it is, only a VM can.
+            at(
+                rest,
+                libc::EOPNOTSUPP,
+                Reason::VcpuRefused,
+                &format!("{}; or this host has no nested paging", vcpu_refused_message()),
+            )
+            .map(|e| {
+                e.hint(format!(
+                    "ask kvmprep_probe whether this VM can pre-fault at all; if so, {VCPU_REFUSED_HINT}"
+                ))
+            }),
         ),
         Outcome::Unavailable(rest) => (
             Some(rest),
             at(asked, libc::EOPNOTSUPP, Reason::NoStage2, "this kernel has no KVM_PRE_FAULT_MEMORY")
                 .map(|e| e.hint("needs Linux 6.11 with nested paging")),
         ),
+        // There is no handle here that could be told of anything.
+        Outcome::Failed(rest, error) if error.reason == Reason::NoMemslot => {
+            (Some(rest), Some(error.hint("pre-fault only what lies in memslots of the vCPU's address space")))
+        }
         Outcome::Failed(rest, error) => (Some(rest), Some(error)),
     }
 }
@@ -194,8 +227,7 @@ fn sort(asked: Range, outcome: Outcome) -> (Option<Range>, Option<Error>) {
 /// one call of its own, KVM_X86_QUIRK_SLOT_ZAP_ALL (128) among them, instead of this one, and tells the handle by
 /// KVMPREP_VM_MAPPINGS_ARE_KEPT.
 ///
-/// Threads: any; before slots are deleted. Returns 0, or -EBADF, -EINVAL or -ENOTTY (not a VM), -EOPNOTSUPP (not
-/// this kernel), -EIO.
+/// Threads: any; before slots are deleted. Returns 0, or -EBADF (not a VM), -EOPNOTSUPP (not this kernel), -EIO.
 ///
 /// # Safety
 /// `err` points to a kvmprep_error or is NULL.
@@ -266,7 +298,7 @@ impl kvmprep_fault_stats {
 ///
 /// Threads: any. Waits for a vCPU that is inside KVM_RUN on another thread: where that matters, keep a stats
 /// descriptor of one's own. Returns 0, or -EINVAL (a pointer NULL or misaligned, a bad size, no descriptor),
-/// -EBADF, -EOPNOTSUPP (no statistics on this kernel), -EIO, -EMFILE.
+/// -EBADF (not a vCPU or VM), -EOPNOTSUPP (no statistics on this kernel), -EIO, -EMFILE.
 ///
 /// # Safety
 /// `fds` points to `n_fds` ints, `stats` to `stats_size` bytes, `err` to a kvmprep_error or is NULL.
@@ -281,7 +313,7 @@ pub unsafe extern "C" fn kvmprep_get_fault_stats(
     // SAFETY: passed on from the caller.
     unsafe {
         boundary(err, || {
-            check_out(stats, "stats")?;
+            check_sized_out(stats, stats_size, "stats")?;
             let fds = slice(fds, n_fds, "fds")?;
             if fds.is_empty() {
                 return Err(Error::invalid(Reason::BadValue, "no descriptor to read counters of")
@@ -300,15 +332,45 @@ fn sum_stats(fds: &[c_int]) -> Result<kvmprep_fault_stats> {
     for fd in fds {
         let fd = required_fd(*fd, "a descriptor in fds")?;
         let stats = kernel.stats(fd).map_err(|errno| match errno.0 {
-            libc::ENOTTY | libc::EINVAL => Error::new(
+            libc::ENOTTY | libc::EINVAL if is_vcpu(&kernel, fd) || is_vm(&kernel, fd) => Error::new(
                 libc::EOPNOTSUPP,
                 Reason::KernelRefused,
-                format!("descriptor {fd} has no KVM statistics: {errno}"),
+                format!("this kernel has no statistics for descriptor {fd}: {errno}"),
             )
-            .hint("pass vCPU or VM descriptors; needs Linux 5.14"),
+            .hint("needs Linux 5.14"),
+            libc::ENOTTY | libc::EINVAL => {
+                Error::new(libc::EBADF, Reason::BadFd, format!("descriptor {fd} is neither a vCPU nor a VM"))
+                    .hint("pass what KVM_CREATE_VCPU or KVM_CREATE_VM returned")
+            }
             _ => Error::kernel(errno, "reading KVM's statistics"),
         })?;
         sum.add(&stats);
     }
     Ok(sum)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ASKED: Range = Range { start: 0x1000, end: 0x3000 };
+
+    /// A caller that waits for the vCPU would wait for ever on a host without nested paging.
+    #[test]
+    fn a_refused_vcpu_may_be_a_host_without_nested_paging() {
+        let (rest, error) = sort(ASKED, Outcome::VcpuRefused(ASKED));
+        let error = error.unwrap();
+        assert_eq!((rest, error.errno, error.reason), (Some(ASKED), libc::EOPNOTSUPP, Reason::VcpuRefused));
+        assert!(error.message.contains("nested paging"), "{}", error.message);
+        assert!(error.hint.contains("kvmprep_probe"), "{}", error.hint);
+        // What does not fit into the error is cut.
+        assert!(error.message.len() < 256 && error.hint.len() < 256);
+    }
+
+    #[test]
+    fn a_call_without_a_handle_does_not_speak_of_one() {
+        let of_a_handle = Error::new(libc::ENOENT, Reason::NoMemslot, "").hint("tell the handle");
+        let (_, error) = sort(ASKED, Outcome::Failed(ASKED, of_a_handle));
+        assert!(!error.unwrap().hint.contains("handle"));
+    }
 }

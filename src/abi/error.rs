@@ -51,7 +51,8 @@ pub const KVMPREP_REASON_MEMSLOT_OVERLAP: u32 = 13;
 pub const KVMPREP_REASON_MEMSLOT_CHANGING: u32 = 14;
 /// The memslot is registered with userfaultfd, and populating it would wait for its handler (-EBUSY).
 pub const KVMPREP_REASON_MEMSLOT_USERFAULTFD: u32 = 15;
-/// The memslot's writes are logged, and pre-faulting would mark every page dirty (-EBUSY).
+/// Stage 2 was required, the memslot's writes are logged, and pre-faulting would mark every page dirty; it need not
+/// have been named (-EBUSY).
 pub const KVMPREP_REASON_MEMSLOT_DIRTY_LOGGED: u32 = 16;
 /// The memslot is device memory, which cannot be populated (-EINVAL).
 pub const KVMPREP_REASON_MEMSLOT_DEVICE: u32 = 17;
@@ -67,11 +68,13 @@ pub const KVMPREP_REASON_MEMORY_SHORTAGE: u32 = 21;
 pub const KVMPREP_REASON_POISONED: u32 = 22;
 /// The kernel refused for another reason; the code is its errno.
 pub const KVMPREP_REASON_KERNEL_REFUSED: u32 = 23;
-/// Stage 2 was required, and this kernel or VM has no pre-fault (-EOPNOTSUPP).
+/// Stage 2 was required, and this kernel, host or VM has no pre-fault, or no vCPU was given; or
+/// kvmprep_vcpu_pre_fault() found that this kernel has none (-EOPNOTSUPP).
 pub const KVMPREP_REASON_NO_STAGE2: u32 = 24;
 /// The vCPU cannot pre-fault now: a nested guest, or a confidential VM that is not finalised; or SMM, where KVM would
 /// fill the wrong page tables, and where the library looks once for each thread that comes with a vCPU, before its
-/// first pre-fault (-EOPNOTSUPP).
+/// first pre-fault (-EOPNOTSUPP). From kvmprep_vcpu_pre_fault() it may also be that the host has no nested paging, for
+/// which the kernel answers the same: ask kvmprep_probe() before trying again.
 pub const KVMPREP_REASON_VCPU_REFUSED: u32 = 25;
 /// A signal came, or kvm_run.immediate_exit is set (-EINTR).
 pub const KVMPREP_REASON_INTERRUPTED: u32 = 26;

@@ -20,7 +20,8 @@ pub struct kvmprep_job(Arc<Job>);
 /// where asked for, is given here, and the time limit begins.
 ///
 /// `ranges`, `n` and `opts` are as for kvmprep_populate(), and are not needed after the call. Of the options only
-/// `intent`, `flags` and `timeout_ms` are read; NULL means the defaults.
+/// `intent`, `flags` and `timeout_ms` are read, and the others must name no thread, no callback and no room for
+/// ranges; NULL means the defaults.
 ///
 /// On success `*out` is a job that the caller frees with kvmprep_job_free(); it keeps `vm` from being freed. On
 /// error `*out` is untouched.
@@ -63,9 +64,10 @@ pub unsafe extern "C" fn kvmprep_job_new(
     }
 }
 
-/// Works on the job, on the calling thread, until nothing is left for it to do. `vcpu_fd` is a vCPU that no other
-/// thread runs or uses meanwhile, with no userspace exit pending (a failed pre-fault overwrites kvm_run), or -1
-/// for the host stage only.
+/// Works on the job, on the calling thread, until nothing is left for it to do. `vcpu_fd` is a vCPU of the handle's
+/// VM that no other thread runs or uses meanwhile, with no userspace exit pending (a failed pre-fault overwrites
+/// kvm_run), or -1 for the host stage only. Whose vCPU it is the library cannot check: with another VM's, that VM's
+/// page tables are filled, and success is reported.
 ///
 /// Made for a VMM's own vCPU threads: a thread comes before its first KVM_RUN, or in between. To get it back, do
 /// as for KVM_RUN: set kvm_run.immediate_exit, then send a signal that has a handler; the thread returns -EINTR
@@ -142,7 +144,8 @@ fn run(job: &Arc<Job>, vcpu_fd: c_int, own: &[Range]) -> Result<c_int> {
 /// Starts library threads that work on the job: one for each of `n_vcpus` vCPUs, and `host_threads` (0 to 1024)
 /// for the host stage only. Returns at once.
 ///
-/// The caller vouches that the vCPUs are parked, with no userspace exit pending, until the job is over: a vCPU
+/// The caller vouches that the vCPUs are the handle's VM's, which the library cannot check (see kvmprep_job_run()),
+/// and that they are parked, with no userspace exit pending, until the job is over: a vCPU
 /// ioctl waits, and no signal ends the wait, while its vCPU is inside KVM_RUN, a halted one included. When every
 /// vCPU given refuses and no caller's thread is inside, the job ends with what the host stage could do. Host
 /// threads alone do not end a job that wants stage 2: it waits for a thread with a vCPU. Where none will come, ask
@@ -192,7 +195,8 @@ pub unsafe extern "C" fn kvmprep_job_progress(
     unsafe {
         boundary(err, || {
             let job = &reference(job, "job")?.0;
-            check_out(progress, "progress")?;
+            // First, since to ask for progress quiets the descriptor.
+            check_sized_out(progress, progress_size, "progress")?;
             write_sized(progress, progress_size, &(&job.progress()).into(), "progress")?;
             Ok(0)
         })

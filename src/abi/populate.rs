@@ -88,8 +88,9 @@ pub type kvmprep_progress_fn =
 
 /// How to populate. Start from KVMPREP_POPULATE_OPTS_INIT. An input that may grow.
 ///
-/// A job (kvmprep_job_new()) reads only `intent`, `flags` and `timeout_ms`; the others must be as the _INIT macro
-/// leaves them, since a job's threads come by kvmprep_job_run() and kvmprep_job_spawn().
+/// A job (kvmprep_job_new()) reads only `intent`, `flags` and `timeout_ms`. Its threads come by kvmprep_job_run() and
+/// kvmprep_job_spawn(), and so `vcpu_fd` must be -1, `progress` NULL, and `host_threads`, `n_vcpu_fds` and
+/// `remaining_capacity` 0, as the _INIT macro leaves them; the other pointers do not matter then.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct kvmprep_populate_opts {
@@ -102,11 +103,12 @@ pub struct kvmprep_populate_opts {
     /// How long it may take, in milliseconds; 0: as long as it takes. Kept to within one chunk, unless a thread
     /// is stuck in the kernel: on a vCPU that another thread runs, or on userfaultfd memory.
     pub timeout_ms: u32,
-    /// A vCPU that the calling thread may use, or -1. See kvmprep_job_run().
+    /// A vCPU that the calling thread may use, or -1. It must be one of the handle's VM, which the library cannot
+    /// check. See kvmprep_job_run().
     pub vcpu_fd: i32,
     /// Library threads to start for the host stage alone, 0 to 1024. The calling thread works too.
     pub host_threads: u32,
-    /// vCPUs for library threads, one thread each, or NULL. See kvmprep_job_spawn().
+    /// vCPUs for library threads, one thread each, or NULL: of the handle's VM too. See kvmprep_job_spawn().
     pub vcpu_fds: *const i32,
     /// How many.
     pub n_vcpu_fds: usize,
@@ -370,9 +372,9 @@ pub(super) fn check_thread_count(threads: u32) -> Result<u32> {
 /// broken in hardware raises is synchronous: the program's handler runs on that stack, or, without one, the process
 /// dies. The call returns once all of them are gone.
 ///
-/// When: after KVM_SET_CPUID2 on each vCPU that works here, with all slots in place, before the vCPUs run; not in SMM and not
-/// while a nested guest runs (such a vCPU refuses or fills another page table). What undoes it later: the
-/// deletion of any slot (see kvmprep_keep_mappings()), dirty logging, and what kvmprep_get_coverage() names. Before
+/// When: after KVM_SET_CPUID2 on each vCPU that works here, with all slots in place, before the vCPUs run; not in SMM
+/// and not while a nested guest runs (such a vCPU refuses or fills another page table). A handle that knows no slots
+/// populates nothing, and that succeeds. What undoes it later: the deletion of any slot (see kvmprep_keep_mappings()), dirty logging, and what kvmprep_get_coverage() names. Before
 /// Linux 6.15 nobody may read or save the state of a vCPU that is being used: see kvmprep_vcpu_pre_fault().
 ///
 /// `result` may be NULL. It and `opts->remaining` are written whenever work was begun, on error too: no progress
@@ -383,8 +385,8 @@ pub(super) fn check_thread_count(threads: u32) -> Result<u32> {
 /// Threads: any; many populations may run at once on one VM, each with vCPUs of its own. Returns 0 when all that
 /// can be done was done (see `stage2_state`), or -EINTR (a signal came to the calling thread while in a pre-fault
 /// or waiting, or its vCPU's kvm_run.immediate_exit is set), -ECANCELED (`progress` said so), -ETIMEDOUT, -ENOENT
-/// (no memslot in part of the ranges), -EBUSY (a named slot is changing, under userfaultfd, or, with
-/// REQUIRE_STAGE2, dirty-logged), -EACCES (a mapping that cannot be written), -EFAULT (memory that is not mapped
+/// (no memslot in part of the ranges), -EBUSY (a named slot is changing or under userfaultfd; or, with
+/// REQUIRE_STAGE2, a slot is dirty-logged, with n = 0 too: `err` names the first, and its range), -EACCES (a mapping that cannot be written), -EFAULT (memory that is not mapped
 /// or whose file is too short), -ENOMEM (no memory, or the pool of huge pages that the message names is empty),
 /// -EOPNOTSUPP (REQUIRE_STAGE2; no MADV_POPULATE on this kernel, or not for this memory), -EAGAIN (a slot's deletion
 /// that was not announced and did not end; or no thread could be started), -EMFILE (no descriptor

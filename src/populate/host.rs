@@ -71,7 +71,7 @@ fn explain(kernel: &dyn Kernel, segment: &Segment, range: Range, errno: Errno) -
                 no_mapping(format!(
                     "the memory behind guest {range} cannot be touched: its file is too short, or {other} is full"
                 ))
-                .hint("check the file's size and that limit; announce a change before an ftruncate")
+                .hint(format!("check the file's size and what {other} has free; announce a change before an ftruncate"))
             }
             _ => error(libc::ENOMEM, Reason::MemoryShortage, format!("no memory for guest {range}: {errno}")).hint(
                 "free memory on the host, raise the cgroup's or the file system's limit, or make the guest smaller",

@@ -10,6 +10,7 @@ use super::report::{Counters, pages_by_level};
 use super::supply;
 use crate::error::{Error, Reason, Result, Stage};
 use crate::kvm::{Kernel, MappedObject, block_asynchronous_signals};
+use crate::memslot::SlotId;
 use crate::panics::{catch, panicked};
 use crate::range::{Range, RangeSet};
 use crate::vm::Vm;
@@ -133,8 +134,8 @@ impl Job {
                 Err(error) => return Err(error),
             }
         };
-        if options.require_stage2 && plan.dirty_logged > 0 {
-            return Err(dirty_logged());
+        if let (true, Some((slot, part))) = (options.require_stage2, plan.first_dirty_logged) {
+            return Err(dirty_logged(slot, part));
         }
         if options.check_free {
             supply::check(&*kernel, &plan)?;
@@ -434,12 +435,14 @@ pub(super) fn no_stage2() -> Error {
         .hint("needs Linux 6.11 with nested paging (EPT or NPT); without KVMPREP_POPULATE_REQUIRE_STAGE2 the host stage is done")
 }
 
-fn dirty_logged() -> Error {
+fn dirty_logged(slot: SlotId, part: Range) -> Error {
     Error::new(
         libc::EBUSY,
         Reason::MemslotDirtyLogged,
-        "a slot's writes are logged, and pre-faulting it would mark every page dirty",
+        format!("the writes of memslot {slot:#x} are logged, and pre-faulting it would mark every page dirty"),
     )
     .stage(Stage::Stage2)
+    .slot(slot)
+    .range(part)
     .hint("populate before dirty logging is turned on, or pass KVMPREP_POPULATE_DIRTY_LOGGED for a slot with a bitmap")
 }

@@ -106,6 +106,8 @@ pub struct Plan {
     pub left_out: RangeSet,
     /// Memory whose stage 2 is left out because its writes are logged.
     pub dirty_logged: u64,
+    /// The first of it, with its slot.
+    pub first_dirty_logged: Option<(SlotId, Range)>,
 }
 
 impl Plan {
@@ -163,6 +165,7 @@ impl Plan {
     fn add_slot_part(&mut self, host: &Host<'_>, slot: &Memslot, part: Range, wish: Wish) -> Result<()> {
         if slot.is_dirty_logged() && wish.stage2 && !wish.dirty_logged_too {
             self.dirty_logged += part.size();
+            self.first_dirty_logged.get_or_insert((slot.id(), part));
         }
         if host.is_hidden(slot)? {
             return self.add_hidden(slot, part, wish);

@@ -141,7 +141,7 @@ impl Delay {
             ),
             Delay::SlotChanges => (
                 "its memslot is being deleted or moved",
-                "announce slot changes with kvmprep_memslot_changing, and note them at once",
+                "pre-fault while no slot is deleted or moved; a handle sees to it where changes are announced and noted",
             ),
             Delay::Interrupted => (
                 "the kernel gives up on it again and again, as it does for memory that is broken hardware",

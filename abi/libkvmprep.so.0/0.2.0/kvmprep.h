@@ -150,7 +150,8 @@
 #define KVMPREP_REASON_MEMSLOT_USERFAULTFD 15
 
 /**
- * The memslot's writes are logged, and pre-faulting would mark every page dirty (-EBUSY).
+ * Stage 2 was required, the memslot's writes are logged, and pre-faulting would mark every page dirty; it need not
+ * have been named (-EBUSY).
  */
 #define KVMPREP_REASON_MEMSLOT_DIRTY_LOGGED 16
 
@@ -190,14 +191,16 @@
 #define KVMPREP_REASON_KERNEL_REFUSED 23
 
 /**
- * Stage 2 was required, and this kernel or VM has no pre-fault (-EOPNOTSUPP).
+ * Stage 2 was required, and this kernel, host or VM has no pre-fault, or no vCPU was given; or
+ * kvmprep_vcpu_pre_fault() found that this kernel has none (-EOPNOTSUPP).
  */
 #define KVMPREP_REASON_NO_STAGE2 24
 
 /**
  * The vCPU cannot pre-fault now: a nested guest, or a confidential VM that is not finalised; or SMM, where KVM would
  * fill the wrong page tables, and where the library looks once for each thread that comes with a vCPU, before its
- * first pre-fault (-EOPNOTSUPP).
+ * first pre-fault (-EOPNOTSUPP). From kvmprep_vcpu_pre_fault() it may also be that the host has no nested paging, for
+ * which the kernel answers the same: ask kvmprep_probe() before trying again.
  */
 #define KVMPREP_REASON_VCPU_REFUSED 25
 
@@ -824,8 +827,9 @@ typedef int (*kvmprep_progress_fn)(const struct kvmprep_progress *progress, void
 /**
  * How to populate. Start from KVMPREP_POPULATE_OPTS_INIT. An input that may grow.
  *
- * A job (kvmprep_job_new()) reads only `intent`, `flags` and `timeout_ms`; the others must be as the _INIT macro
- * leaves them, since a job's threads come by kvmprep_job_run() and kvmprep_job_spawn().
+ * A job (kvmprep_job_new()) reads only `intent`, `flags` and `timeout_ms`. Its threads come by kvmprep_job_run() and
+ * kvmprep_job_spawn(), and so `vcpu_fd` must be -1, `progress` NULL, and `host_threads`, `n_vcpu_fds` and
+ * `remaining_capacity` 0, as the _INIT macro leaves them; the other pointers do not matter then.
  */
 struct kvmprep_populate_opts {
   /**
@@ -846,7 +850,8 @@ struct kvmprep_populate_opts {
    */
   uint32_t timeout_ms;
   /**
-   * A vCPU that the calling thread may use, or -1. See kvmprep_job_run().
+   * A vCPU that the calling thread may use, or -1. It must be one of the handle's VM, which the library cannot
+   * check. See kvmprep_job_run().
    */
   int32_t vcpu_fd;
   /**
@@ -854,7 +859,7 @@ struct kvmprep_populate_opts {
    */
   uint32_t host_threads;
   /**
-   * vCPUs for library threads, one thread each, or NULL. See kvmprep_job_spawn().
+   * vCPUs for library threads, one thread each, or NULL: of the handle's VM too. See kvmprep_job_spawn().
    */
   const int32_t *vcpu_fds;
   /**
@@ -979,7 +984,7 @@ struct kvmprep_populate_result {
    */
   uint32_t pages_known;
   /**
-   * KVMPREP_STAGE2_*: what became of stage 2.
+   * KVMPREP_STAGE2_*: what became of stage 2. It says nothing of `lost`, which may be most of it.
    */
   uint32_t stage2_state;
   /**
@@ -1022,7 +1027,8 @@ const char *kvmprep_reason_name(uint32_t reason);
  * its answers are taken, since they are the ones that hold. Both stay the caller's.
  *
  * Threads: any, at any time. Returns 0, or -EINVAL (`caps` NULL or misaligned, a bad size), -EBADF (no usable
- * descriptor), or what KVM_CHECK_EXTENSION answered (-ENOTTY: not KVM's descriptor; -EIO: another process's VM).
+ * descriptor, or `vm_fd` is no VM), -ENOTTY or -EINVAL with reason BAD_FD (`kvm_fd` is not /dev/kvm), -EIO (another
+ * process's VM).
  */
 int kvmprep_probe(int kvm_fd,
                   int vm_fd,
@@ -1052,8 +1058,9 @@ int kvmprep_probe(int kvm_fd,
  * Returns 0, or -EINVAL (`remaining` NULL, misaligned, empty, unaligned, wrapping, beyond the host's address width),
  * -EINVAL or -ENOTTY (not a vCPU), -EBADF, -EINTR (a signal: call again), -ENOENT (no memslot at `remaining->gpa`),
  * -EFAULT (nothing mapped there in the host), -EAGAIN (its slot is being deleted, for two seconds), -EOPNOTSUPP
- * (reason NO_STAGE2: not this kernel or host; VCPU_REFUSED: not this vCPU now), -ENOMEM, -EHWPOISON, -EIO (dead or
- * another process's VM).
+ * (reason NO_STAGE2: this kernel has no such ioctl; VCPU_REFUSED: not this vCPU now, or no vCPU of this host ever,
+ * since it has no nested paging: kvmprep_probe() with the VM tells, so ask it before trying again), -ENOMEM,
+ * -EHWPOISON, -EIO (dead or another process's VM).
  */
 int kvmprep_vcpu_pre_fault(int vcpu_fd,
                            struct kvmprep_range *remaining,
@@ -1070,8 +1077,7 @@ int kvmprep_vcpu_pre_fault(int vcpu_fd,
  * one call of its own, KVM_X86_QUIRK_SLOT_ZAP_ALL (128) among them, instead of this one, and tells the handle by
  * KVMPREP_VM_MAPPINGS_ARE_KEPT.
  *
- * Threads: any; before slots are deleted. Returns 0, or -EBADF, -EINVAL or -ENOTTY (not a VM), -EOPNOTSUPP (not
- * this kernel), -EIO.
+ * Threads: any; before slots are deleted. Returns 0, or -EBADF (not a VM), -EOPNOTSUPP (not this kernel), -EIO.
  */
 int kvmprep_keep_mappings(int vm_fd,
                           struct kvmprep_error *err);
@@ -1083,7 +1089,7 @@ int kvmprep_keep_mappings(int vm_fd,
  *
  * Threads: any. Waits for a vCPU that is inside KVM_RUN on another thread: where that matters, keep a stats
  * descriptor of one's own. Returns 0, or -EINVAL (a pointer NULL or misaligned, a bad size, no descriptor),
- * -EBADF, -EOPNOTSUPP (no statistics on this kernel), -EIO, -EMFILE.
+ * -EBADF (not a vCPU or VM), -EOPNOTSUPP (no statistics on this kernel), -EIO, -EMFILE.
  */
 int kvmprep_get_fault_stats(const int *fds,
                             size_t n_fds,
@@ -1096,7 +1102,8 @@ int kvmprep_get_fault_stats(const int *fds,
  * kvmprep_memslot_set() or kvmprep_memslot_note().
  *
  * On success `*out` is a handle that the caller frees with kvmprep_vm_free(). On error `*out` is untouched. The
- * handle belongs to the process that made the VM: after fork() the child must neither use nor free it.
+ * handle belongs to the process that made the VM: after fork() the child must neither use nor free it. It keeps
+ * /proc/self/maps and /proc/self/pagemap open, where it may open them: make it before privileges are dropped.
  *
  * Threads: any. Returns 0, or -EINVAL (a pointer NULL or misaligned, an unknown flag, gpa_bits out of range),
  * -E2BIG (a newer caller's field), -EBADF, -EOPNOTSUPP (KVMPREP_VM_KEEP_MAPPINGS on a kernel that cannot), -EIO
@@ -1179,8 +1186,8 @@ int kvmprep_memslot_note(struct kvmprep_vm *vm,
 /**
  * Announces that guest memory is about to be discarded while its slot stays: madvise(MADV_DONTNEED), hole punch,
  * a balloon, virtio-mem's unplug, another mapping in its place. Returns once no worker touches it; jobs under way
- * give the range up, and it is not covered any more. Start no job over it until the discard is done. The range
- * need not lie in slots.
+ * give the range up, and it is not covered any more, nor is the rest of the 2 MiB frames that it touches. Start no job
+ * over it until the discard is done. The range need not lie in slots.
  *
  * Threads: as kvmprep_memslot_changing(). Returns 0, or -EINVAL (a pointer NULL, a bad range).
  */
@@ -1234,9 +1241,9 @@ int kvmprep_get_coverage(const struct kvmprep_vm *vm,
  * broken in hardware raises is synchronous: the program's handler runs on that stack, or, without one, the process
  * dies. The call returns once all of them are gone.
  *
- * When: after KVM_SET_CPUID2 on every vCPU, with all slots in place, before the vCPUs run; not in SMM and not
- * while a nested guest runs (such a vCPU refuses or fills another page table). What undoes it later: the
- * deletion of any slot (see kvmprep_keep_mappings()), dirty logging, and what kvmprep_get_coverage() names. Before
+ * When: after KVM_SET_CPUID2 on each vCPU that works here, with all slots in place, before the vCPUs run; not in SMM
+ * and not while a nested guest runs (such a vCPU refuses or fills another page table). A handle that knows no slots
+ * populates nothing, and that succeeds. What undoes it later: the deletion of any slot (see kvmprep_keep_mappings()), dirty logging, and what kvmprep_get_coverage() names. Before
  * Linux 6.15 nobody may read or save the state of a vCPU that is being used: see kvmprep_vcpu_pre_fault().
  *
  * `result` may be NULL. It and `opts->remaining` are written whenever work was begun, on error too: no progress
@@ -1247,8 +1254,8 @@ int kvmprep_get_coverage(const struct kvmprep_vm *vm,
  * Threads: any; many populations may run at once on one VM, each with vCPUs of its own. Returns 0 when all that
  * can be done was done (see `stage2_state`), or -EINTR (a signal came to the calling thread while in a pre-fault
  * or waiting, or its vCPU's kvm_run.immediate_exit is set), -ECANCELED (`progress` said so), -ETIMEDOUT, -ENOENT
- * (no memslot in part of the ranges), -EBUSY (a named slot is changing, under userfaultfd, or, with
- * REQUIRE_STAGE2, dirty-logged), -EACCES (a mapping that cannot be written), -EFAULT (memory that is not mapped
+ * (no memslot in part of the ranges), -EBUSY (a named slot is changing or under userfaultfd; or, with
+ * REQUIRE_STAGE2, a slot is dirty-logged, with n = 0 too: `err` names the first, and its range), -EACCES (a mapping that cannot be written), -EFAULT (memory that is not mapped
  * or whose file is too short), -ENOMEM (no memory, or the pool of huge pages that the message names is empty),
  * -EOPNOTSUPP (REQUIRE_STAGE2; no MADV_POPULATE on this kernel, or not for this memory), -EAGAIN (a slot's deletion
  * that was not announced and did not end; or no thread could be started), -EMFILE (no descriptor
@@ -1269,7 +1276,8 @@ int kvmprep_populate(struct kvmprep_vm *vm,
  * where asked for, is given here, and the time limit begins.
  *
  * `ranges`, `n` and `opts` are as for kvmprep_populate(), and are not needed after the call. Of the options only
- * `intent`, `flags` and `timeout_ms` are read; NULL means the defaults.
+ * `intent`, `flags` and `timeout_ms` are read, and the others must name no thread, no callback and no room for
+ * ranges; NULL means the defaults.
  *
  * On success `*out` is a job that the caller frees with kvmprep_job_free(); it keeps `vm` from being freed. On
  * error `*out` is untouched.
@@ -1285,22 +1293,25 @@ int kvmprep_job_new(struct kvmprep_vm *vm,
                     struct kvmprep_error *err);
 
 /**
- * Works on the job, on the calling thread, until nothing is left for it to do. `vcpu_fd` is a vCPU that no other
- * thread runs or uses meanwhile, with no userspace exit pending (a failed pre-fault overwrites kvm_run), or -1
- * for the host stage only.
+ * Works on the job, on the calling thread, until nothing is left for it to do. `vcpu_fd` is a vCPU of the handle's
+ * VM that no other thread runs or uses meanwhile, with no userspace exit pending (a failed pre-fault overwrites
+ * kvm_run), or -1 for the host stage only. Whose vCPU it is the library cannot check: with another VM's, that VM's
+ * page tables are filled, and success is reported.
  *
  * Made for a VMM's own vCPU threads: a thread comes before its first KVM_RUN, or in between. To get it back, do
  * as for KVM_RUN: set kvm_run.immediate_exit, then send a signal that has a handler; the thread returns -EINTR
  * within one chunk, nothing is lost, and it may come again. A signal alone ends only a pre-fault or a wait: the
- * host stage goes on under any but a fatal one, and a signal that comes then is forgotten. A thread with vcpu_fd
- * -1 has nothing to set: it comes back by the end of the work or by kvmprep_job_cancel(). A chunk is 2 MiB, or one
+ * host stage goes on under any but a fatal one, and a signal that comes then is forgotten. Who does not use
+ * immediate_exit, and a thread with vcpu_fd -1, which has none to set, comes back by the end of the work or by
+ * kvmprep_job_cancel(). A chunk is 2 MiB, or one
  * page of the backing if that is larger. Signals do not end a wait for another thread that runs this vCPU, nor
  * one for userfaultfd memory in the host stage.
  *
  * Threads: any number at once, each with a vCPU of its own. Returns 0 when nothing is left for this thread:
- * the job is over, or what remains needs a vCPU and this thread has none. -EINTR: see above. -EOPNOTSUPP
+ * the job is over, or what remains needs a vCPU and this thread has none; kvmprep_job_wait() with a timeout of 0
+ * tells which. -EINTR: see above. -EOPNOTSUPP
  * (VCPU_REFUSED): this vCPU cannot now; its work is left for others. -EINVAL (`job` NULL), -EBADF (not a
- * vCPU). When the job has failed, been cancelled or run out of time: its error, as
+ * vCPU), -ENOMEM (its kvm_run cannot be mapped). When the job has failed, been cancelled or run out of time: its error, as
  * kvmprep_job_wait() gives it.
  */
 int kvmprep_job_run(struct kvmprep_job *job,
@@ -1324,7 +1335,8 @@ int kvmprep_job_run_near(struct kvmprep_job *job,
  * Starts library threads that work on the job: one for each of `n_vcpus` vCPUs, and `host_threads` (0 to 1024)
  * for the host stage only. Returns at once.
  *
- * The caller vouches that the vCPUs are parked, with no userspace exit pending, until the job is over: a vCPU
+ * The caller vouches that the vCPUs are the handle's VM's, which the library cannot check (see kvmprep_job_run()),
+ * and that they are parked, with no userspace exit pending, until the job is over: a vCPU
  * ioctl waits, and no signal ends the wait, while its vCPU is inside KVM_RUN, a halted one included. When every
  * vCPU given refuses and no caller's thread is inside, the job ends with what the host stage could do. Host
  * threads alone do not end a job that wants stage 2: it waits for a thread with a vCPU. Where none will come, ask
