@@ -8,7 +8,7 @@ mod callers;
 mod header;
 mod record;
 mod symbols;
-mod text;
+pub mod text;
 mod usable;
 mod view;
 
@@ -22,7 +22,6 @@ use std::time::Instant;
 pub use callers::{NAME as CALLERS, build as build_callers};
 pub use header::path as header_path;
 pub use symbols::{check as check_symbols, check_soname};
-pub use text::declared_functions;
 
 /// What programs linked against the library ask for. Another one means that they all must be linked anew; build.rs and
 /// CMakeLists.txt give it to the library.

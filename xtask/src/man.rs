@@ -38,6 +38,7 @@ pub fn check(lane: &mut Lane, programs: &Programs) {
     lane.check("man pages, complete", verdict(manual.missing()));
     lane.check("man pages, known names only", verdict(manual.unknown_names()));
     lane.check("man pages, layout", verdict(manual.wrong_layout()));
+    lane.check("man pages, versions", verdict(manual.wrong_versions()));
     lane.check("man pages, prototypes", verdict(manual.wrong_prototypes()));
     lane.check("man pages, structs", verdict(manual.wrong_structs()));
     lane.check("man pages, errors", verdict(manual.missing_errors()));
@@ -55,16 +56,22 @@ fn verdict(complaints: Vec<String>) -> Result<()> {
 const FUNCTION_SECTIONS: [&str; 7] =
     ["NAME", "SYNOPSIS", "DESCRIPTION", "RETURN VALUE", "ERRORS", "VERSIONS", "SEE ALSO"];
 
-/// All pages, and the header that they are about.
+/// All pages, and what they are about.
 struct Manual {
     pages: Vec<Page>,
     header: Header,
+    /// The library's, `major.minor.patch`.
+    version: String,
 }
 
 impl Manual {
     fn read() -> Result<Self> {
         let text = std::fs::read_to_string(abi::header_path()).context("cannot read the header")?;
-        Ok(Self { pages: Page::all(&project::root().join("man"))?, header: Header::parse(&text)? })
+        Ok(Self {
+            pages: Page::all(&project::root().join("man"))?,
+            header: Header::parse(&text)?,
+            version: project::version()?,
+        })
     }
 
     /// The pages that are more than a link to another.
@@ -119,7 +126,8 @@ impl Manual {
 
     /// Pages and words that look like the header's and are not in it.
     fn unknown_names(&self) -> Vec<String> {
-        let Header { names, functions, types, .. } = &self.header;
+        let Header { functions, types, .. } = &self.header;
+        let names: BTreeSet<&str> = self.header.names().map(String::as_str).collect();
         let of_functions = self.pages.iter().filter(|page| page.section == "3");
         let strays = of_functions
             .filter(|page| !functions.contains_key(&page.name) && !types.contains(&page.name))
@@ -175,7 +183,7 @@ impl Manual {
         let rest = title.strip_prefix(&format!("{} {} ", page.name, page.section));
         let (date, release) = rest.and_then(|rest| rest.split_once(' ')).unwrap_or_default();
         let is_date = |(at, c): (usize, char)| if at == 4 || at == 7 { c == '-' } else { c.is_ascii_digit() };
-        let wanted = format!("kvmprep {} kvmprep Programmer's Manual", self.header.version);
+        let wanted = format!("kvmprep {} kvmprep Programmer's Manual", self.version);
         let is_right = date.len() == 10 && date.char_indices().all(is_date) && release == wanted;
         (!is_right).then(|| {
             format!(
@@ -225,7 +233,7 @@ impl Manual {
         complaints
     }
 
-    /// Errnos that the header names for a function, and the version it came with.
+    /// Errnos that the header names for a function.
     fn missing_errors(&self) -> Vec<String> {
         let mut complaints = Vec::new();
         for (name, function) in &self.header.functions {
@@ -233,10 +241,23 @@ impl Manual {
             let told = header::errnos(&joined(page.section("ERRORS")));
             let missing = function.errnos.difference(&told);
             complaints.extend(missing.map(|errno| format!("{}: ERRORS lacks {errno}", page.title())));
-            let since = format!("Library: {}", function.since.as_deref().unwrap_or("0.1"));
+        }
+        complaints
+    }
+
+    /// The version that each function came with, and the one that all is about.
+    fn wrong_versions(&self) -> Vec<String> {
+        let mut complaints = Vec::new();
+        for (name, function) in &self.header.functions {
+            let Some(page) = self.page(&format!("{name}(3)")) else { continue };
+            let since = format!("Library: {}.0.", function.since.as_deref().unwrap_or("0.1"));
             if !joined(page.section("VERSIONS")).contains(&since) {
                 complaints.push(format!("{}: VERSIONS does not say \"{since}\"", page.title()));
             }
+        }
+        let current = format!("This page describes version {} of the library.", self.version);
+        if !self.page("kvmprep(7)").is_some_and(|page| joined(page.section("VERSIONS")).contains(&current)) {
+            complaints.push(format!("kvmprep(7): VERSIONS does not say \"{current}\""));
         }
         complaints
     }

@@ -21,15 +21,29 @@ pub fn declared_functions(header: &str) -> BTreeSet<String> {
 
 /// Every function's name and declaration, without its semicolon.
 pub fn prototypes(header: &str) -> Vec<(String, String)> {
+    let name = |before: &str| before.rsplit([' ', '*']).next().map(str::to_owned);
+    let named = declarations(header).into_iter().filter_map(|declaration| {
+        let (before, _) = declaration.split_once('(')?;
+        Some((name(before).filter(|name| name.starts_with("kvmprep_"))?, declaration))
+    });
+    named.collect()
+}
+
+/// Every callback's name and declaration, without its semicolon.
+pub fn callbacks(header: &str) -> Vec<(String, String)> {
+    let named = declarations(header).into_iter().filter_map(|declaration| {
+        let (name, _) = declaration.strip_prefix("typedef ")?.split_once("(*")?.1.split_once(')')?;
+        Some((name.to_owned(), declaration))
+    });
+    named.collect()
+}
+
+/// What is declared with parentheses, each in one line.
+fn declarations(header: &str) -> Vec<String> {
     let mut found = Vec::new();
     let mut lines = header.lines();
     while let Some(line) = lines.next() {
-        if line.starts_with(['*', '/', '#', ' ']) {
-            continue;
-        }
-        let Some((before, _)) = line.split_once('(') else { continue };
-        let name = before.rsplit([' ', '*']).next().unwrap_or_default();
-        if !name.starts_with("kvmprep_") {
+        if line.starts_with(['*', '/', '#', ' ']) || !line.contains('(') {
             continue;
         }
         let mut declaration = line.trim().to_owned();
@@ -37,7 +51,7 @@ pub fn prototypes(header: &str) -> Vec<(String, String)> {
             let Some(next) = lines.next() else { break };
             declaration = declaration + " " + next.trim();
         }
-        found.push((name.to_owned(), declaration.trim_end_matches(';').to_owned()));
+        found.push(declaration.trim_end_matches(';').to_owned());
     }
     found
 }
@@ -45,6 +59,11 @@ pub fn prototypes(header: &str) -> Vec<(String, String)> {
 /// The structs that are declared in full.
 pub fn structs(header: &str) -> Vec<&str> {
     header.lines().filter_map(|line| line.strip_prefix("struct ")?.strip_suffix(" {")).collect()
+}
+
+/// The structs of which only the name is told.
+pub fn opaque(header: &str) -> Vec<&str> {
+    header.lines().filter_map(|line| line.strip_prefix("struct ")?.strip_suffix(';')).collect()
 }
 
 /// The declarations of a struct's fields.
@@ -157,6 +176,10 @@ mod tests {
     fn functions_are_found_and_types_are_not() {
         assert_eq!(declared_functions(HEADER).into_iter().collect::<Vec<_>>(), ["kvmprep_a", "kvmprep_b"]);
         assert!(prototypes(HEADER)[0].1.ends_with("size_t out_size, struct kvmprep_fixed *f)"));
+        assert_eq!(
+            callbacks(HEADER),
+            [("kvmprep_fn".to_owned(), "typedef int (*kvmprep_fn)(int)".to_owned())]
+        );
     }
 
     #[test]

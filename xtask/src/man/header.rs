@@ -1,8 +1,8 @@
 //! What the header declares, as the man pages have to show it.
 //!
-//! It reads the text that cbindgen writes; it knows nothing of pages.
+//! What is declared is read where the interface is judged; here it is put as a page puts it. It knows nothing of pages.
 
-use crate::abi;
+use crate::abi::text;
 use anyhow::{Context, Result, ensure};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -17,10 +17,6 @@ pub struct Header {
     pub callbacks: BTreeMap<String, String>,
     /// Macros that stand for a value.
     pub constants: BTreeSet<String>,
-    /// Every name that there is.
-    pub names: BTreeSet<String>,
-    /// `major.minor.patch`.
-    pub version: String,
 }
 
 /// A function's declaration.
@@ -41,40 +37,68 @@ pub struct Struct {
 }
 
 impl Header {
-    pub fn parse(text: &str) -> Result<Self> {
-        let code = without_comments(text);
-        let statements = statements(&code);
+    pub fn parse(header: &str) -> Result<Self> {
         let mut functions = BTreeMap::new();
-        for name in abi::declared_functions(text) {
-            let is_it = |statement: &&String| statement.contains(&format!("{name}("));
-            let prototype =
-                statements.iter().find(is_it).with_context(|| format!("no prototype of {name}"))?;
-            let comment = comment_before(text, &name).with_context(|| format!("no comment for {name}"))?;
+        for (name, declaration) in text::prototypes(header) {
+            let comment = comment_before(header, &name).with_context(|| format!("no comment for {name}"))?;
             let function = Function {
-                prototype: prototype.clone(),
+                prototype: in_one_line(&declaration),
                 errnos: errnos(comment),
-                since: comment.split_once("kvmprep 0.").map(|(_, minor)| {
-                    format!("0.{}", minor.split(|c: char| !c.is_ascii_digit()).next().unwrap_or_default())
-                }),
+                since: since(comment),
             };
             functions.insert(name, function);
         }
-        let structs = structs(&code);
-        let callbacks = callbacks(&statements);
+        let structs: BTreeMap<_, _> = text::structs(header)
+            .into_iter()
+            .map(|name| (name.to_owned(), Struct::of(header, name)))
+            .collect();
         ensure!(
             !functions.is_empty() && !structs.is_empty(),
             "nothing found in the header: the check is broken"
         );
+        let callbacks: BTreeMap<_, _> = text::callbacks(header)
+            .into_iter()
+            .map(|(name, declaration)| (name, in_one_line(&declaration)))
+            .collect();
+        let opaque = text::opaque(header).into_iter().map(str::to_owned);
+        let initialisers = text::initialisers(header).into_iter().map(|(name, _)| name);
         Ok(Self {
+            types: opaque.chain(structs.keys().cloned()).chain(callbacks.keys().cloned()).collect(),
+            constants: text::constants(header).into_iter().map(str::to_owned).chain(initialisers).collect(),
             functions,
-            types: opaque(&code).iter().chain(structs.keys()).chain(callbacks.keys()).cloned().collect(),
             structs,
             callbacks,
-            constants: constants(&code).map(|(name, _)| name.to_owned()).collect(),
-            names: names(&code).map(|(name, _)| name.to_owned()).collect(),
-            version: version(&code).context("no KVMPREP_VERSION")?,
         })
     }
+
+    /// Every name that there is.
+    pub fn names(&self) -> impl Iterator<Item = &String> {
+        self.functions.keys().chain(&self.types).chain(&self.constants)
+    }
+}
+
+impl Struct {
+    fn of(header: &str, name: &str) -> Self {
+        let fields = text::fields(header, name);
+        let field_name = |field: &str| {
+            let field = field.split(['[', ';']).next().unwrap_or_default();
+            field.rsplit([' ', '*']).next().unwrap_or_default().to_owned()
+        };
+        Self {
+            declaration: squeezed(&format!("struct {name} {{ {} }};", fields.join(" "))),
+            fields: fields.iter().map(|field| field_name(field)).collect(),
+        }
+    }
+}
+
+fn in_one_line(declaration: &str) -> String {
+    squeezed(declaration) + ";"
+}
+
+/// The minor version of "Since kvmprep 0.2.", as `0.2`.
+fn since(comment: &str) -> Option<String> {
+    let (_, minor) = comment.split_once("kvmprep 0.")?;
+    Some(format!("0.{}", minor.split(|c: char| !c.is_ascii_digit()).next().unwrap_or_default()))
 }
 
 /// Names with our prefixes in a text, each with what follows it.
@@ -105,74 +129,12 @@ pub fn squeezed(text: &str) -> String {
     text.split_ascii_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-fn without_comments(text: &str) -> String {
-    let mut code = String::new();
-    let mut rest = text;
-    while let Some((before, after)) = rest.split_once("/*") {
-        code += before;
-        rest = after.split_once("*/").map_or("", |(_, after)| after);
-    }
-    code + rest
-}
-
-/// What ends in a semicolon outside of structs, preprocessing apart, in one line each.
-fn statements(code: &str) -> Vec<String> {
-    let lines = code.lines().filter(|line| !line.trim_start().starts_with('#') && !line.ends_with('\\'));
-    let code = lines.collect::<Vec<_>>().join("\n");
-    let statements = code.split(';').map(|statement| statement.rsplit(['{', '}']).next().unwrap_or_default());
-    statements.map(|statement| squeezed(statement) + ";").collect()
-}
-
 fn comment_before<'t>(text: &'t str, function: &str) -> Option<&'t str> {
     let call = format!("{function}(");
     let is_declaration = |line: &str| line.contains(&call) && !line.starts_with([' ', '*', '/', '#']);
     let declaration = text.lines().find(|line| is_declaration(line))?;
     let before = &text[..declaration.as_ptr() as usize - text.as_ptr() as usize];
     before.rfind("/**").map(|at| &before[at..])
-}
-
-fn structs(code: &str) -> BTreeMap<String, Struct> {
-    let mut structs = BTreeMap::new();
-    for piece in code.split("\nstruct ").skip(1) {
-        let Some((name, body)) = piece.split_once(" {") else { continue };
-        let Some((body, _)) = body.split_once("};") else { continue };
-        let fields = body.split(';').filter_map(|field| {
-            let field = field.split('[').next()?;
-            field.rsplit([' ', '*', '\n']).next().filter(|name| !name.is_empty()).map(str::to_owned)
-        });
-        let declaration = squeezed(&format!("struct {name} {{{body}}};"));
-        structs.insert(name.to_owned(), Struct { declaration, fields: fields.collect() });
-    }
-    structs
-}
-
-/// The structs of which only the name is told.
-fn opaque(code: &str) -> BTreeSet<String> {
-    let names = code.lines().filter_map(|line| line.strip_prefix("struct ")?.strip_suffix(';'));
-    names.map(str::to_owned).collect()
-}
-
-/// `typedef int (*NAME)(…);`
-fn callbacks(statements: &[String]) -> BTreeMap<String, String> {
-    let typedefs = statements.iter().filter(|statement| statement.starts_with("typedef "));
-    typedefs
-        .filter_map(|statement| {
-            let (name, _) = statement.split_once("(*")?.1.split_once(')')?;
-            Some((name.to_owned(), statement.clone()))
-        })
-        .collect()
-}
-
-/// `#define NAME VALUE`, the header's own machinery apart.
-fn constants(code: &str) -> impl Iterator<Item = (&str, &str)> {
-    code.lines()
-        .filter_map(|line| line.strip_prefix("#define ")?.split_once(' '))
-        .filter(|(name, _)| !name.contains('(') && !name.contains("STATIC_ASSERT"))
-}
-
-fn version(code: &str) -> Option<String> {
-    let number: u32 = constants(code).find(|(name, _)| *name == "KVMPREP_VERSION")?.1.parse().ok()?;
-    Some(format!("{}.{}.{}", number >> 16, number >> 8 & 0xff, number & 0xff))
 }
 
 #[cfg(test)]
@@ -182,7 +144,7 @@ mod tests {
     const TEXT: &str = "\
 #define KVMPREP_H\n#define KVMPREP_VERSION 515\n#define KVMPREP_STATIC_ASSERT(x) y;\n\
 struct kvmprep_vm;\n\n/**\n * A range.\n */\nstruct kvmprep_range {\n  /** First. */\n  uint64_t gpa;\n\
-  uint64_t reserved[2];\n  const int *fds;\n};\n\
+\x20 uint64_t reserved[2];\n  const int *fds;\n};\n\
 typedef int (*kvmprep_fn)(const struct kvmprep_range *range);\n\
 extern \"C\" {\n/**\n * No error: -EPERM.\n */\nuint32_t kvmprep_a(void);\n\n\
 /**\n * Returns -EINVAL, or -E2BIG. Since kvmprep 0.12.\n */\nint kvmprep_b(int x,\n              int y);\n";
@@ -207,6 +169,5 @@ extern \"C\" {\n/**\n * No error: -EPERM.\n */\nuint32_t kvmprep_a(void);\n\n\
         );
         assert_eq!(header.types.iter().collect::<Vec<_>>(), ["kvmprep_fn", "kvmprep_range", "kvmprep_vm"]);
         assert_eq!(header.constants.iter().collect::<Vec<_>>(), ["KVMPREP_VERSION"]);
-        assert_eq!(header.version, "0.2.3");
     }
 }
