@@ -154,6 +154,7 @@ static void file_too_short(enum kind kind) {
     CHECK_ERR(populate(&s, range_of(MEMORY_GPA, SIZE), 0, &result), s.err, EFAULT,
               KVMPREP_REASON_NO_HOST_MAPPING);
     check_error_is_at(&s, MEMORY_SLOT, MEMORY_GPA + SIZE / 2);
+    CHECK(strstr(s.err.hint, "what its file system has free") != NULL); /* it says which limit */
     CHECK_EQ(result.host, SIZE / 2);
     CHECK_EQ(result.stage2, s.has_pre_fault ? SIZE / 2 : 0);
     CHECK_EQ(result.remaining, SIZE / 2);
