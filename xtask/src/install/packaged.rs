@@ -14,7 +14,6 @@ use std::process::Command;
 
 /// Where Debian has libraries, beneath the prefix.
 const LIBDIR: &str = "lib/x86_64-linux-gnu";
-const DOCDIR: &str = "share/doc/libkvmprep0";
 const COMPONENTS: &[&str] = &["runtime", "development", "static"];
 
 /// `tree` was installed from the build in `places.source`.
@@ -23,7 +22,8 @@ pub fn check(lane: &mut Lane, tree: &Tree, places: &Places, work: &Path) {
     lane.check("without the archive, find_package goes on", package.archive_deleted(tree));
     lane.check("the components are all, and work without the static one", package.components(tree));
     lane.check("options for cargo, in one string", package.cargo_flags());
-    lane.check("in /usr, with a directory for documents", package.in_usr());
+    lane.check("in /usr, pkg-config names no directory", package.in_usr());
+    lane.check("a directory for documents", package.document_directory());
     lane.check("a version that only Cargo.toml has is refused", package.new_version(&tree.version));
 }
 
@@ -44,6 +44,7 @@ impl Package<'_> {
 
     fn components(&self, tree: &Tree) -> Result<()> {
         let (one_by_one, two) = (self.work.join("components"), self.work.join("two components"));
+        self.configure(&["-DCMAKE_INSTALL_LIBDIR=lib"])?;
         for component in COMPONENTS {
             self.install_component(component, &one_by_one)?;
         }
@@ -65,30 +66,31 @@ impl Package<'_> {
     /// An option that shows proves that they arrive; --locked is among cargo's own already.
     fn cargo_flags(&self) -> Result<()> {
         for flags in ["--offline --locked --message-format=json", "--locked;--message-format=json"] {
-            self.cmake(&["-B", "build", &format!("-DKVMPREP_CARGO_FLAGS={flags}")], None)?;
+            self.configure(&[&format!("-DKVMPREP_CARGO_FLAGS={flags}")])?;
             let said = self.cmake(&["--build", "build"], None)?;
             ensure!(said.contains("\"reason\":\"build-finished\""), "{flags} did not reach cargo:\n{said}");
         }
-        self.cmake(&["-B", "build", "-UKVMPREP_CARGO_FLAGS"], None).map(drop)
+        Ok(())
     }
 
     /// There pkg-config is to name no directory: `-I/usr/include` changes the order in which headers are found.
     fn in_usr(&self) -> Result<()> {
         let destdir = self.work.join("in usr");
-        let (libdir, docdir) =
-            (format!("-DCMAKE_INSTALL_LIBDIR={LIBDIR}"), format!("-DCMAKE_INSTALL_DOCDIR={DOCDIR}"));
-        let fresh = ["-B", "build", "-UCMAKE_INSTALL_*"];
-        self.cmake(&[&fresh[..], &["-DCMAKE_INSTALL_PREFIX=/usr", &libdir, &docdir]].concat(), None)?;
-        self.cmake(&["--build", "build"], None)?;
-        let mut install = self.command(&["--install", "build"]);
+        self.configure(&["-DCMAKE_INSTALL_PREFIX=/usr", &format!("-DCMAKE_INSTALL_LIBDIR={LIBDIR}")])?;
+        let mut install = self.command(&["--install", "build", "--component", "kvmprep_development"]);
         project::run(install.env("DESTDIR", &destdir))?;
-
-        let usr = beneath(&destdir, "/usr");
         let mut ask = Command::new("pkg-config");
-        ask.env("PKG_CONFIG_PATH", usr.join(LIBDIR).join("pkgconfig"));
+        ask.env("PKG_CONFIG_PATH", beneath(&destdir, "/usr").join(LIBDIR).join("pkgconfig"));
         let flags = project::run(ask.args(["--cflags", "--libs", "kvmprep"]))?;
         ensure!(flags.trim() == "-lkvmprep", "pkg-config says {flags}");
-        let licence = usr.join(DOCDIR).join("LICENSE-MIT");
+        Ok(())
+    }
+
+    fn document_directory(&self) -> Result<()> {
+        let prefix = self.work.join("documents");
+        self.configure(&["-DCMAKE_INSTALL_DOCDIR=share/doc/elsewhere"])?;
+        self.install_component("runtime", &prefix)?;
+        let licence = prefix.join("share/doc/elsewhere/LICENSE-MIT");
         ensure!(licence.exists(), "no {}", licence.display());
         Ok(())
     }
@@ -111,6 +113,12 @@ impl Package<'_> {
         let to_do = "Set KVMPREP_VERSION in src/abi/error.rs to 0x4d0001, then type: cargo xtask abi header";
         ensure!(said.contains(to_do), "{said}");
         Ok(())
+    }
+
+    /// With these options and no earlier ones.
+    fn configure(&self, options: &[&str]) -> Result<()> {
+        let fresh = ["-B", "build", "-UCMAKE_INSTALL_*", "-UKVMPREP_*"];
+        self.cmake(&[&fresh, options].concat(), None).map(drop)
     }
 
     fn cmake(&self, arguments: &[&str], last: Option<&Path>) -> Result<String> {
