@@ -6,8 +6,8 @@
 
 TRACING=/sys/kernel/tracing
 MEMORY_MIB=256
-# In tenths of a second.
-PATIENCE=1200
+# In seconds.
+PATIENCE=180
 
 setup() {
     mount -t tracefs tracefs $TRACING || exit 1
@@ -19,7 +19,15 @@ setup() {
     echo 1 >$TRACING/events/syscalls/sys_enter_ioctl/enable || exit 1
 }
 
+# What each thread of QEMU's is doing in the kernel.
+print_stacks() {
+    for task in /proc/$qemu/task/*; do
+        echo "$(cat $task/comm): $(sed 's/^.*\] //; s/+.*//' $task/stack | tr '\n' ' ')"
+    done
+}
+
 fail() {
+    print_stacks
     echo "failed $*; QEMU and the guest said: $(tail -n 20 /tmp/serial | tr '\r\n' '  ')"
     kill -9 $qemu 2>/dev/null
     forget_qemu
@@ -57,12 +65,11 @@ quit_qemu() {
 
 # Waits until COMMAND succeeds; not if QEMU is gone, and not for ever.
 until_true() {
-    waited=0
+    deadline=$(($(date +%s) + PATIENCE))
     until "$@"; do
         kill -0 $qemu 2>/dev/null || return 1
-        [ $waited -lt $PATIENCE ] || return 1
+        [ $(date +%s) -lt $deadline ] || return 1
         usleep 100000
-        waited=$((waited + 1))
     done
 }
 
