@@ -10,9 +10,6 @@ use serde::Serialize;
 /// How much memory every guest has; drive.sh knows it too.
 pub const MEMORY_MIB: u64 = 256;
 
-/// How much of it a restored guest walks, at the least; inner-init.sh does it.
-pub const WALKED_MIB: u64 = 64;
-
 /// The options of `contrib/qemu` that switch the library on, and what pc and q35 need besides, since their firmware
 /// deletes and recreates memslots.
 const PREPARED: &str = "kvm,prep=on";

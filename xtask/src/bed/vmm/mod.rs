@@ -76,14 +76,14 @@ struct Row<'a> {
 pub fn main(bed: &Bed, cli: &Cli) -> Result<()> {
     let cases: Vec<Case> = Case::all().into_iter().filter(|case| cli.wants(case)).collect();
     let (kernels, built) = prepare(bed)?;
-    let done = run::run(bed, &kernels, &built, &cases);
+    let done = run::run(bed, &kernels, &built, &cases)?;
     println!(
         "Debian's QEMU {}, Linux {}, real KVM on an emulated CPU.",
         built.version,
         kernels.outer_version()
     );
     println!("Stage-2 faults and exits of a guest of {} MiB until it runs its init, or,", case::MEMORY_MIB);
-    println!("restored, until it has walked over {} MiB of what it had in memory.\n", case::WALKED_MIB);
+    println!("restored, until it has walked over {} MiB of what it had in memory.\n", 64);
     print_table(&done);
     let path = write_figures(&done, &kernels, &built)?;
     println!("\nFigures: {}\n", path.display());
@@ -154,8 +154,13 @@ pub fn lane(bed: &Bed) -> Result<Lane> {
         }
     };
     let mut lane = Lane::new(NAME, kernels.outer_version());
-    for Bar { what, met } in bars::judge(&run::run(bed, &kernels, &built, &cases_of_lane())) {
-        lane.check(&what, if met { Ok(()) } else { Err(anyhow::anyhow!("missed")) });
+    match run::run(bed, &kernels, &built, &cases_of_lane()) {
+        Ok(done) => {
+            for Bar { what, met } in bars::judge(&done) {
+                lane.check(&what, if met { Ok(()) } else { Err(anyhow::anyhow!("missed")) });
+            }
+        }
+        Err(error) => lane.check("running QEMU in the bed", Err(error)),
     }
     Ok(lane)
 }
