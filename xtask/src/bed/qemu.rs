@@ -1,10 +1,8 @@
 //! Has a QEMU that emulates nested paging rightly, and a static busybox for the guests.
 //!
-//! Versions before 10.0 show a nested guest stale translations, and Debian 12's own is older. Those before 10.2 lose an
-//! interrupt now and then where a guest runs within the guest, since entering and leaving it changes the word of pending
-//! interrupts without care for whoever else does: then a guest hangs or resets. So one is unpacked, with every library it
-//! needs and its own loader, and runs beside whatever the machine has. It must never be installed, and never run with the
-//! machine's libraries.
+//! Versions before 10.0 show a nested guest stale translations, and Debian 12's own is older. So one is
+//! unpacked, with every library it needs and its own loader, and runs beside whatever the machine has. It
+//! must never be installed, and never run with the machine's libraries.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,16 +14,16 @@ use super::apt::Apt;
 use super::cache::Cache;
 use super::{Unavailable, process, progress};
 
-/// Where a QEMU is looked for, the best first, and at least a 10.0: within one release, so that libraries fit. The last
-/// suite of each set is the one the package is to come from.
-const SUITE_SETS: [&[&str]; 3] =
-    [&["trixie", "trixie-backports"], &["trixie"], &["bookworm", "bookworm-backports"]];
+/// Where a QEMU of at least 10.0 is looked for: within one release, so that libraries fit. The last suite of
+/// each set is the one the package is to come from.
+const SUITE_SETS: [&[&str]; 2] = [&["trixie"], &["bookworm", "bookworm-backports"]];
 
-const ENTRY: &str = "emulator";
-/// Changes whenever an entry is laid out differently, or is looked for elsewhere.
-const RECIPE: &str = "qemu of trixie-backports if it is there, and busybox, flat, layout 2";
+const ENTRY: &str = "qemu";
+/// Changes whenever an entry is laid out differently.
+const RECIPE: &str = "qemu and busybox, flat, layout 1";
 
-const FIRMWARE: [&str; 4] = ["kvmvapic.bin", "linuxboot_dma.bin", "multiboot_dma.bin", "pvh.bin"];
+const FIRMWARE: [&str; 6] =
+    ["kvmvapic.bin", "linuxboot.bin", "linuxboot_dma.bin", "multiboot.bin", "multiboot_dma.bin", "pvh.bin"];
 
 /// An unpacked QEMU.
 pub struct Qemu {
