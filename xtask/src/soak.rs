@@ -2,7 +2,7 @@
 //!
 //! Nothing here is different from the tests but the number of rounds, which each reads from its environment.
 
-use crate::bed::Bed;
+use crate::bed::{self, Bed};
 use crate::lanes;
 use crate::test::{Tests, kernel_lane};
 use anyhow::Result;
@@ -30,6 +30,9 @@ pub fn main(cli: Cli) -> Result<()> {
         if cli.kernels.is_empty() || cli.kernels.iter().any(|kernel| kernel == name) {
             lanes.push(kernel_lane(&bed, name, backings, &tests, cli.scale)?);
         }
+    }
+    if cli.kernels.is_empty() && cli.programs.is_empty() {
+        lanes.push(bed::qemu_lane(&bed)?);
     }
     lanes::conclude("soak.json", started, &lanes)
 }

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 #[derive(clap::Args)]
 pub struct Cli {
-    /// Only these lanes: source, msrv, install, native, 6.1, 6.12, newest, private, qemu.
+    /// Only these lanes: source, msrv, install, native, 6.1, 6.12, newest, private; qemu must be named.
     #[arg(long = "lane", value_name = "LANE")]
     lanes: Vec<String>,
     /// Only these C tests.
@@ -56,7 +56,9 @@ pub fn main(cli: Cli) -> Result<()> {
     for (name, backings) in KERNELS.into_iter().filter(|(name, _)| wants(name)) {
         lanes.push(kernel_lane(&bed, name, backings, &tests, 1)?);
     }
-    if wants("qemu") {
+    // Only where it is named, and in the soak: the bed's emulator loses an interrupt of a nested guest's once in
+    // some fifty cases, which says nothing of a change.
+    if cli.lanes.iter().any(|lane| lane == "qemu") {
         lanes.push(bed::qemu_lane(&bed)?);
     }
     lanes::conclude("test.json", started, &lanes)
