@@ -207,7 +207,7 @@ static int memfd(const char *name, unsigned flags, size_t size) {
     return fd;
 }
 
-static int guest_memfd(const struct vm *vm, uint64_t flags, size_t size) {
+int guest_memfd(const struct vm *vm, uint64_t flags, size_t size) {
     struct kvm_create_guest_memfd create = {.size = size, .flags = flags};
     int fd = ioctl(vm->fd, KVM_CREATE_GUEST_MEMFD, &create);
     CHECK(fd >= 0);

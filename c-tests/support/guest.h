@@ -76,6 +76,9 @@ bool kind_is_had(const struct vm *vm, enum kind kind, const char **why);
 struct memory memory_make(const struct vm *vm, enum kind kind, size_t size);
 void memory_end(struct memory *memory);
 
+/* A guest_memfd alone; the caller has asked whether this VM has such. */
+int guest_memfd(const struct vm *vm, uint64_t flags, size_t size);
+
 /* What the library is told of memory at a gpa. */
 struct kvmprep_memslot slot_of(uint32_t slot, uint64_t gpa, const struct memory *memory);
 /* Sets a slot by KVM's own ioctl; returns 0 or a negative errno. Private memory becomes private. */
