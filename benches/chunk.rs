@@ -8,7 +8,7 @@
 //! usage: chunk CHUNKS
 
 use kvmprep::kvm::{
-    Access, Errno, ExitRequest, FileKind, FileSize, Kernel, MappedObject, Mapping, Region, Stats, Sys,
+    Access, Errno, ExitRequest, FileKind, FileStatus, Kernel, MappedObject, Mapping, Region, Stats, Sys,
 };
 use kvmprep::memslot::{Memslot, Nature};
 use kvmprep::populate::job::{Job, Leave, Options, Worker};
@@ -106,7 +106,7 @@ impl Kernel for Willing {
         self.count();
         Ok(())
     }
-    fn file_size(&self, _: RawFd) -> Sys<FileSize> {
+    fn file_status(&self, _: RawFd) -> Sys<FileStatus> {
         Err(Errno(libc::ENOTTY))
     }
 
@@ -115,7 +115,15 @@ impl Kernel for Willing {
     }
     fn mapping(&self, _: u64) -> Sys<Option<Mapping>> {
         let object = MappedObject::Shmem;
-        Ok(Some(Mapping { start: HVA, end: u64::MAX, writable: true, shared: true, page_size: 4096, object }))
+        Ok(Some(Mapping {
+            start: HVA,
+            end: u64::MAX,
+            offset: 0,
+            writable: true,
+            shared: true,
+            page_size: 4096,
+            object,
+        }))
     }
     fn resident(&self, start: u64, end: u64) -> Sys<Option<(u64, u64)>> {
         Ok(Some((start, end)))
@@ -147,7 +155,7 @@ impl Kernel for Willing {
 /// A guest whose memory is one slot over one memfd.
 fn vm(kernel: &Arc<Willing>, size: u64) -> Arc<Vm> {
     let kernel: Arc<dyn Kernel> = Arc::<Willing>::clone(kernel);
-    let config = Config { vm_fd: VM, gpa_bits: Some(52), keep_mappings: false, mappings_are_kept: false };
+    let config = Config { vm_fd: VM, gpa_bits: Some(52), ..Config::default() };
     let vm = Vm::new(kernel, config).expect("a handle");
     let region =
         Region { slot: 0, flags: 0, gpa: GPA, size, hva: HVA, guest_memfd: -1, guest_memfd_offset: 0 };
@@ -169,6 +177,7 @@ fn main() {
         check_free: false,
         skip_covered: false,
         dirty_logged_too: false,
+        exact: false,
         timeout: None,
     };
     let before = ALLOCATIONS.load(Relaxed);

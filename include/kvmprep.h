@@ -20,7 +20,7 @@
 #include <stdbool.h>
 
 /* Initialisers for structs that an application fills in. */
-#define KVMPREP_VM_CONFIG_INIT { sizeof(struct kvmprep_vm_config), 0, -1, 0 }
+#define KVMPREP_VM_CONFIG_INIT { sizeof(struct kvmprep_vm_config), 0, -1, 0, 0, 0, 0 }
 #define KVMPREP_POPULATE_OPTS_INIT \
     { sizeof(struct kvmprep_populate_opts), 0, 0, 0, -1, 0, NULL, 0, NULL, NULL, NULL, 0 }
 #define KVMPREP_MEMSLOT_INIT { 0, 0, 0, 0, 0, 0, -1, 0, 0, -1, 0, { 0, 0, 0, 0, 0, 0, 0, 0 } }
@@ -41,7 +41,7 @@
 /**
  * Major, minor and patch version of this header, as kvmprep_version() encodes them.
  */
-#define KVMPREP_VERSION 512
+#define KVMPREP_VERSION 768
 
 /**
  * In `slot` and `other_slot`: no slot is concerned.
@@ -250,6 +250,113 @@
 #define KVMPREP_REASON_NOT_FINISHED 34
 
 /**
+ * A memslot's number, or its address space, is more than the kernel or VM has (-EINVAL).
+ */
+#define KVMPREP_REASON_MEMSLOT_NUMBER 35
+
+/**
+ * A memslot that is not there is to be deleted (-EINVAL).
+ */
+#define KVMPREP_REASON_MEMSLOT_ABSENT 36
+
+/**
+ * Size, hva, KVM_MEM_READONLY and guest_memfd of a memslot cannot change (-EINVAL).
+ */
+#define KVMPREP_REASON_MEMSLOT_FIXED 37
+
+/**
+ * A memslot has more than 2^31 - 1 pages (-EINVAL).
+ */
+#define KVMPREP_REASON_MEMSLOT_TOO_LARGE 38
+
+/**
+ * A memslot's memory is not where user memory can be (-EINVAL).
+ */
+#define KVMPREP_REASON_HVA_NOT_USER 39
+
+/**
+ * A memslot ends beyond what this host's physical addresses reach (-EINVAL).
+ */
+#define KVMPREP_REASON_MEMSLOT_BEYOND_HOST 40
+
+/**
+ * A memslot's addresses have TDX's shared bit (-EINVAL).
+ */
+#define KVMPREP_REASON_SHARED_BIT 41
+
+/**
+ * A memslot's guest_memfd is another kind of file (-EINVAL).
+ */
+#define KVMPREP_REASON_GMEM_NOT_ONE 42
+
+/**
+ * A memslot's guest_memfd ends before the slot does (-EINVAL).
+ */
+#define KVMPREP_REASON_GMEM_TOO_SHORT 43
+
+/**
+ * A memslot's guest_memfd was made for another VM (-EINVAL).
+ */
+#define KVMPREP_REASON_GMEM_OTHER_VM 44
+
+/**
+ * Some of a memslot's part of its guest_memfd is bound to another slot, which `other_slot` names (-EEXIST; before Linux
+ * 7.2 -EINVAL).
+ */
+#define KVMPREP_REASON_GMEM_BOUND 45
+
+/**
+ * This VM does not take these memslot flags, or not together (-EINVAL); or the kernel has no guest_memfd (-ENOTTY).
+ */
+#define KVMPREP_REASON_FLAGS_UNSUPPORTED 46
+
+/**
+ * A memslot breaks the alignment rule, which was to be kept strictly (-EINVAL).
+ */
+#define KVMPREP_REASON_MEMSLOT_MISALIGNED 47
+
+/**
+ * KVM may map more than a range that was to be populated exactly (-EINVAL); the range told is wide enough.
+ */
+#define KVMPREP_REASON_RANGE_INEXACT 48
+
+/**
+ * Disable the slot-zap-all quirk while the handle is made: what kvmprep_keep_mappings() does, and with its
+ * conditions. The handle then knows that mappings outlive the deletion of other slots.
+ */
+#define KVMPREP_VM_KEEP_MAPPINGS 1
+
+/**
+ * The caller has disabled that quirk already, or the VM is of a type without it (any but the default type).
+ */
+#define KVMPREP_VM_MAPPINGS_ARE_KEPT 2
+
+/**
+ * Nothing was lost.
+ */
+#define KVMPREP_LOSS_NOTHING 0
+
+/**
+ * The slot was deleted, moved or replaced.
+ */
+#define KVMPREP_LOSS_SLOT_CHANGED 1
+
+/**
+ * Some slot was deleted or moved, and the VM's mappings are not kept: see kvmprep_keep_mappings().
+ */
+#define KVMPREP_LOSS_ZAP_ALL 2
+
+/**
+ * kvmprep_range_discarded().
+ */
+#define KVMPREP_LOSS_DISCARDED 3
+
+/**
+ * Dirty logging was turned on: first writes fault again.
+ */
+#define KVMPREP_LOSS_DIRTY_LOGGING 4
+
+/**
  * Find out from the kernel what lies behind the slot. A slot with a guest_memfd that is not mapped at its hva is
  * taken for KVMPREP_BACKING_GUEST_MEMFD, all of it private, where the VM has private memory (VM types
  * SW_PROTECTED, SNP, TDX); a slot whose memory is shared now, or in part, must say so by naming what is at its hva.
@@ -326,40 +433,148 @@
 #define KVMPREP_MEMSLOT_MEMORY_FD 8
 
 /**
- * Disable the slot-zap-all quirk while the handle is made: what kvmprep_keep_mappings() does, and with its
- * conditions. The handle then knows that mappings outlive the deletion of other slots.
+ * Hold gpa and hva equal modulo the largest page of which an aligned one lies in the slot and that its memory can give
+ * (anonymous and shared memory 2 MiB, hugetlb its page size, other files 4 KiB; memory that is not mapped counts as
+ * anonymous). KVM gives a slot no page of a size modulo which they differ: kvm_alloc_memslot_metadata() in
+ * arch/x86/kvm/x86.c. The offset into a guest_memfd is held to the same with its own pages, which are of 4 KiB up to
+ * Linux 7.3 at least.
  */
-#define KVMPREP_VM_KEEP_MAPPINGS 1
+#define KVMPREP_ALIGN_CONGRUENT 0
 
 /**
- * The caller has disabled that quirk already, or the VM is of a type without it (any but the default type).
+ * What KVM enforces and no more: the offset into a guest_memfd is a multiple of 4096. That is checked in any case.
  */
-#define KVMPREP_VM_MAPPINGS_ARE_KEPT 2
+#define KVMPREP_ALIGN_KERNEL 1
 
 /**
- * Nothing was lost.
+ * The offset into a guest_memfd is a multiple of the largest page that the slot's size allows: 1 GiB from 1 GiB on, 2 MiB
+ * from 2 MiB on, else 4 KiB. For code that must run on a kernel that enforces it, as KVM's maintainer proposed (on
+ * linux-arch, 2023-04-25). It says nothing of slots without a guest_memfd.
  */
-#define KVMPREP_LOSS_NOTHING 0
+#define KVMPREP_ALIGN_SIZE 2
 
 /**
- * The slot was deleted, moved or replaced.
+ * The looser form that he allowed: the largest page that the slot as a whole allows, no larger than its size and
+ * dividing its gpa.
  */
-#define KVMPREP_LOSS_SLOT_CHANGED 1
+#define KVMPREP_ALIGN_SLOT 3
 
 /**
- * Some slot was deleted or moved, and the VM's mappings are not kept: see kvmprep_keep_mappings().
+ * Or-ed to one of the above: a breach is an error, -EINVAL with reason MEMSLOT_MISALIGNED. Without it a breach is told
+ * in the report.
  */
-#define KVMPREP_LOSS_ZAP_ALL 2
+#define KVMPREP_ALIGN_STRICT 256
 
 /**
- * kvmprep_range_discarded().
+ * Nothing: the slot is so already.
  */
-#define KVMPREP_LOSS_DISCARDED 3
+#define KVMPREP_CHANGE_NONE 0
 
 /**
- * Dirty logging was turned on: first writes fault again.
+ * A slot is made.
  */
-#define KVMPREP_LOSS_DIRTY_LOGGING 4
+#define KVMPREP_CHANGE_CREATE 1
+
+/**
+ * A slot is deleted.
+ */
+#define KVMPREP_CHANGE_DELETE 2
+
+/**
+ * A slot comes to lie at another gpa.
+ */
+#define KVMPREP_CHANGE_MOVE 3
+
+/**
+ * Dirty logging is turned on or off.
+ */
+#define KVMPREP_CHANGE_FLAGS 4
+
+/**
+ * The hva breaks the alignment rule.
+ */
+#define KVMPREP_BREACH_HVA 1
+
+/**
+ * The guest_memfd offset breaks it.
+ */
+#define KVMPREP_BREACH_OFFSET 2
+
+/**
+ * Whether the guest_memfd was made for this VM: if not, KVM will answer EINVAL. No call tells it beforehand.
+ */
+#define KVMPREP_UNKNOWN_GMEM_OWNER 1
+
+/**
+ * Whether the descriptor is a guest_memfd at all, since /proc/self/fd cannot be read: if not, KVM will answer EINVAL.
+ */
+#define KVMPREP_UNKNOWN_GMEM_KIND 2
+
+/**
+ * All of it is in pages of that size or larger.
+ */
+#define KVMPREP_LIMIT_NONE 0
+
+/**
+ * The slot does not hold a whole page of that size there: its head and tail.
+ */
+#define KVMPREP_LIMIT_EDGES 1
+
+/**
+ * The gpa and the hva differ modulo that size: see `hva_shift`.
+ */
+#define KVMPREP_LIMIT_CONGRUENCE 2
+
+/**
+ * Writes are logged, page by page (KVM_MEM_LOG_DIRTY_PAGES).
+ */
+#define KVMPREP_LIMIT_DIRTY_LOGGING 3
+
+/**
+ * A guest_memfd serves the memory, in pages of 4 KiB (up to Linux 7.3 at least). Private memory of every VM type is
+ * such; TDX and SNP would allow no more for now (4 KiB before finalisation, as the RMP has it) even if it were not.
+ */
+#define KVMPREP_LIMIT_GUEST_MEMFD 4
+
+/**
+ * Private and shared memory lie in one page of that size.
+ */
+#define KVMPREP_LIMIT_ATTRIBUTES 5
+
+/**
+ * What is mapped has no pages of that size: a file, anonymous memory beyond 2 MiB, a pool of smaller pages.
+ */
+#define KVMPREP_LIMIT_BACKING 6
+
+/**
+ * Transparent huge pages come only where they are advised, and here they are not.
+ */
+#define KVMPREP_LIMIT_ADVICE 7
+
+/**
+ * Transparent huge pages are off, or advised against.
+ */
+#define KVMPREP_LIMIT_NO_THP 8
+
+/**
+ * The mapping does not hold a whole page of that size there.
+ */
+#define KVMPREP_LIMIT_MAPPING_EDGES 9
+
+/**
+ * Smaller pages are in memory there already.
+ */
+#define KVMPREP_LIMIT_RESIDENT 10
+
+/**
+ * Nothing is mapped behind the slot there.
+ */
+#define KVMPREP_LIMIT_NOT_MAPPED 11
+
+/**
+ * The processor has no pages of that size.
+ */
+#define KVMPREP_LIMIT_CPU 12
 
 /**
  * The guest takes no stage-2 fault on memory, on read or write. Private copies are made where the mapping is
@@ -415,6 +630,15 @@
  * ring: the kernel lets it overflow.
  */
 #define KVMPREP_POPULATE_DIRTY_LOGGED 32
+
+/**
+ * Refuse with -EINVAL, reason RANGE_INEXACT, before anything is done, ranges at whose edges KVM would be allowed to map
+ * beyond them: it maps a whole page of 2 MiB or 1 GiB for one of 4 KiB asked for. `err` has the range as wide as its
+ * edges would have to be. Whether huge pages are there at this moment does not matter, only whether the slot and the kind
+ * of its memory can have them; private memory has none. With n = 0, or without stage 2, there is nothing to refuse. Since
+ * 0.3.
+ */
+#define KVMPREP_POPULATE_EXACT 64
 
 /**
  * Stage 2 was filled, for all that was not left out.
@@ -534,6 +758,31 @@ struct kvmprep_caps {
    * Release of the running kernel: major << 16 | minor << 8 | patch (at most 255 each).
    */
   uint32_t kernel_release;
+  /**
+   * 1 when KVM uses nested paging on this host, 0 when it shadows page tables. Since 0.3, as all that follows.
+   */
+  uint32_t nested_paging;
+  /**
+   * 1 when there is KVM_SET_USER_MEMORY_REGION2 (Linux 6.8).
+   */
+  uint32_t user_memory2;
+  /**
+   * One past the last address of this process that a memslot may have, in bytes; a multiple of 4096.
+   */
+  uint64_t hva_end;
+  /**
+   * KVM_X86_*: the VM's type. The kernel cannot be asked: written as 0, KVM_X86_DEFAULT_VM; the caller may set it.
+   */
+  uint32_t vm_type;
+  /**
+   * Zero.
+   */
+  uint32_t reserved;
+  /**
+   * The bit of a gpa that says "shared", as a mask, for TDX: 1 << 47 or 1 << 51, by the guest's width. Written as 0; the
+   * caller may set it.
+   */
+  uint64_t gpa_shared_bit;
 };
 
 /**
@@ -689,6 +938,18 @@ struct kvmprep_vm_config {
    * beyond is refused: KVM would map it somewhere else (it drops the bits that its page tables do not have).
    */
   uint32_t gpa_bits;
+  /**
+   * KVM_X86_*: the VM's type, as it was made; 0: the default type. Since 0.3, as all that follows.
+   */
+  uint32_t vm_type;
+  /**
+   * KVMPREP_ALIGN_*: what kvmprep_memslot_set() holds slots to; it matters with KVMPREP_ALIGN_STRICT only.
+   */
+  uint32_t alignment_rule;
+  /**
+   * The bit of a gpa that says "shared", as a mask, for TDX: 1 << 47 or 1 << 51; else 0.
+   */
+  uint64_t gpa_shared_bit;
 };
 
 /**
@@ -782,6 +1043,101 @@ struct kvmprep_coverage {
    * Zero.
    */
   uint32_t reserved;
+};
+
+/**
+ * Numbers of stage-2 mappings, by their size. Its layout is fixed for ever.
+ */
+struct kvmprep_page_counts {
+  /**
+   * Of 4 KiB.
+   */
+  uint64_t pages_4k;
+  /**
+   * Of 2 MiB.
+   */
+  uint64_t pages_2m;
+  /**
+   * Of 1 GiB.
+   */
+  uint64_t pages_1g;
+  /**
+   * Zero.
+   */
+  uint64_t reserved;
+};
+
+/**
+ * What there is to say of a memslot that KVM would take. An output that may grow: pass it with its sizeof.
+ *
+ * For the deletion of a slot all but `change` is 0.
+ */
+struct kvmprep_memslot_report {
+  /**
+   * KVMPREP_CHANGE_*: what setting the slot would do.
+   */
+  uint32_t change;
+  /**
+   * KVMPREP_BREACH_*: what breaks the alignment rule.
+   */
+  uint32_t breaches;
+  /**
+   * What the rule holds the hva (KVMPREP_ALIGN_CONGRUENT) or the guest_memfd offset (the others) to, in bytes: 4096,
+   * 2 MiB or 1 GiB.
+   */
+  uint64_t alignment;
+  /**
+   * Map the memory this many bytes higher and it is congruent with the gpa, modulo the largest page that
+   * KVMPREP_ALIGN_CONGRUENT looks at, under every rule; 0: it is.
+   */
+  uint64_t hva_shift;
+  /**
+   * Use a guest_memfd offset this many bytes higher and it keeps the rule; 0: it does.
+   */
+  uint64_t offset_shift;
+  /**
+   * What KVM's rules allow, whatever is mapped behind the slot. A mapping that reaches beyond the range asked about
+   * counts as one.
+   */
+  struct kvmprep_page_counts allowed;
+  /**
+   * What a population of the range will get: what is in memory as it is, the rest as the kernel would allocate it. No
+   * promise: it may find no huge page free, and splits some later. Before Linux 6.7 small pages that are in memory
+   * already are not seen.
+   */
+  struct kvmprep_page_counts expected;
+  /**
+   * KVMPREP_LIMIT_*: why not all is expected in pages of 2 MiB or more; of several reasons, the one for the most bytes.
+   */
+  uint32_t limit_2m;
+  /**
+   * KVMPREP_LIMIT_*: why not all is expected in pages of 1 GiB.
+   */
+  uint32_t limit_1g;
+  /**
+   * Bytes that are in smaller pages than 2 MiB for that reason.
+   */
+  uint64_t limited_2m;
+  /**
+   * Bytes that are in smaller pages than 1 GiB for that reason.
+   */
+  uint64_t limited_1g;
+  /**
+   * KVMPREP_UNKNOWN_*: what only the kernel can say.
+   */
+  uint32_t unknown;
+  /**
+   * Zero.
+   */
+  uint32_t reserved;
+  /**
+   * One sentence on the limit that costs most, NUL-terminated; empty when there is none that could be otherwise.
+   */
+  char message[256];
+  /**
+   * The smallest change that lifts it, NUL-terminated; empty when there is none.
+   */
+  char hint[256];
 };
 
 /**
@@ -1135,13 +1491,14 @@ int kvmprep_vm_set_memslots(struct kvmprep_vm *vm,
                             struct kvmprep_error *err);
 
 /**
- * Makes, changes or deletes (size 0) a memslot: checks it for plain mistakes, lets workers go of its memory,
- * calls KVM_SET_USER_MEMORY_REGION (2 with a guest_memfd, Linux 6.8) and notes the change.
+ * Makes, changes or deletes (size 0) a memslot: checks it as kvmprep_vm_check_memslot() does, by the alignment rule of the
+ * handle, lets workers go of its memory, calls KVM_SET_USER_MEMORY_REGION (2 with a guest_memfd, Linux 6.8) and notes the
+ * change.
  *
  * Threads: any; changes of one slot must not race with each other. Waits for workers as
- * kvmprep_memslot_changing() does. Returns 0, or -EINVAL (malformed), -EBADF (a descriptor in it is negative),
- * -EEXIST (it overlaps another slot, which `err` names), or what KVM answered. On error the slot is as it was
- * before.
+ * kvmprep_memslot_changing() does. Returns 0, or what kvmprep_memslot_check() returns, before anything is done; or what
+ * KVM answered: -EINVAL with reason GMEM_OTHER_VM (a guest_memfd of another VM's, which is all that the check leaves
+ * open), -EEXIST or -EINVAL (slots that the handle was not told of), -ENOMEM, -EIO. On error the slot is as it was before.
  */
 int kvmprep_memslot_set(struct kvmprep_vm *vm,
                         const struct kvmprep_memslot *slot,
@@ -1222,6 +1579,80 @@ int kvmprep_get_coverage(const struct kvmprep_vm *vm,
                          struct kvmprep_coverage *out,
                          size_t out_size,
                          struct kvmprep_error *err);
+
+/**
+ * Says whether KVM would take a memslot, before it is asked: as KVM_SET_USER_MEMORY_REGION, or its second version with
+ * KVM_MEM_GUEST_MEMFD, would answer, with KVM's own errno, for the kernel and VM that `caps` were probed from; and what
+ * pages the slot would have. No VM is needed and nothing is changed.
+ *
+ * `caps` is what kvmprep_probe() wrote for the VM; the caller may have set `vm_type` and `gpa_shared_bit`. `existing` are
+ * the slots there are, as KVM has taken them, in any order; KVM's own may be among them, under the numbers
+ * `caps->memslots` (APIC access page, at 0xfee00000), that plus 1 (task state segment, KVM_SET_TSS_ADDR) and plus 2
+ * (identity map). `slot` of size 0 is a deletion. `report` may be NULL; it is written on success only. Where it is wanted,
+ * or the rule is strict, the mappings of this process behind the slot are looked at, and for anonymous memory
+ * /proc/self/smaps may be read, which takes long where much is in memory.
+ *
+ * Not foreseen are shortage of memory (-ENOMEM), a dead or another process's VM (-EIO), a guest_memfd of another VM's
+ * (-EINVAL, see `unknown`), and moves while a device model tracks pages (-EINVAL; KVMGT only).
+ *
+ * Threads: any. Takes time in proportion to `n_existing`; kvmprep_vm_check_memslot() does not. Returns 0, or -EINVAL
+ * (NULL, misaligned, a bad size, value or list; or what KVM would refuse: reasons MEMSLOT_NUMBER, UNKNOWN_FLAGS,
+ * FLAGS_UNSUPPORTED, RANGE_UNALIGNED, RANGE_OVERFLOW, HVA_NOT_USER, MEMSLOT_TOO_LARGE, MEMSLOT_ABSENT, MEMSLOT_FIXED,
+ * MEMSLOT_BEYOND_HOST, SHARED_BIT, GMEM_NOT_ONE, GMEM_TOO_SHORT, before Linux 7.2 GMEM_BOUND; or, with
+ * KVMPREP_ALIGN_STRICT, MEMSLOT_MISALIGNED), -EEXIST (it overlaps another slot, or its part of the guest_memfd is bound to
+ * one; `err` names it), -EBADF (its guest_memfd is no descriptor), -ENOTTY (a guest_memfd on a kernel before Linux 6.8),
+ * -E2BIG (newer `caps` than this library knows).
+ */
+int kvmprep_memslot_check(const struct kvmprep_caps *caps,
+                          size_t caps_size,
+                          const struct kvmprep_memslot *existing,
+                          size_t n_existing,
+                          const struct kvmprep_memslot *slot,
+                          uint32_t alignment_rule,
+                          struct kvmprep_memslot_report *report,
+                          size_t report_size,
+                          struct kvmprep_error *err);
+
+/**
+ * As kvmprep_memslot_check(), for the handle's VM and against the slots that the handle has been told of, in time that
+ * grows with the logarithm of their number. Nothing is changed, no lock held across a wait, and nothing allocated when
+ * the slot passes and `report` is NULL.
+ *
+ * A slot beyond the width that the handle was given (`gpa_bits` in its config) is -EINVAL too, reason
+ * RANGE_BEYOND_GUEST.
+ *
+ * Threads: any. Returns what kvmprep_memslot_check() returns.
+ */
+int kvmprep_vm_check_memslot(const struct kvmprep_vm *vm,
+                             const struct kvmprep_memslot *slot,
+                             uint32_t alignment_rule,
+                             struct kvmprep_memslot_report *report,
+                             size_t report_size,
+                             struct kvmprep_error *err);
+
+/**
+ * Predicts the page sizes of a memslot, or of a part of it: what KVM's rules allow, what a population will get, and why
+ * no more. That the slot could be set is not checked. `change` and `unknown` in the report are 0; the alignment is that
+ * of KVMPREP_ALIGN_CONGRUENT.
+ *
+ * `range` is the part, or NULL for the whole slot. `private_memory` are the ranges of guest memory whose attribute is
+ * KVM_MEMORY_ATTRIBUTE_PRIVATE, in any order, in the slot or not; NULL: what `slot->backing` says, so that with
+ * KVMPREP_BACKING_AUTO a slot with a guest_memfd is all private in a VM that has private memory. For "none", pass any
+ * pointer and 0.
+ *
+ * Threads: any. Looks at mappings as kvmprep_memslot_check() does. Returns 0, or -EINVAL (a pointer NULL or misaligned, a
+ * bad size or value, a slot that is malformed or has size 0, a range that is malformed or not in the slot), -EBADF (a
+ * negative guest_memfd), -E2BIG (newer `caps`), -EACCES or -ENOENT (/proc/self/maps cannot be opened).
+ */
+int kvmprep_memslot_predict(const struct kvmprep_caps *caps,
+                            size_t caps_size,
+                            const struct kvmprep_memslot *slot,
+                            const struct kvmprep_range *range,
+                            const struct kvmprep_range *private_memory,
+                            size_t n_private,
+                            struct kvmprep_memslot_report *report,
+                            size_t report_size,
+                            struct kvmprep_error *err);
 
 /**
  * Pre-populates guest memory: fills the host's page tables and, through the vCPUs given, the guest's stage-2
@@ -1435,7 +1866,8 @@ int kvmprep_job_free(struct kvmprep_job *job);
 KVMPREP_STATIC_ASSERT(sizeof(struct kvmprep_error) == 640);
 KVMPREP_STATIC_ASSERT(sizeof(struct kvmprep_range) == 32);
 KVMPREP_STATIC_ASSERT(sizeof(struct kvmprep_memslot) == 128);
-KVMPREP_STATIC_ASSERT(sizeof(struct kvmprep_vm_config) == 16);
+KVMPREP_STATIC_ASSERT(sizeof(struct kvmprep_page_counts) == 32);
+KVMPREP_STATIC_ASSERT(sizeof(struct kvmprep_vm_config) == 32);
 KVMPREP_STATIC_ASSERT(sizeof(struct kvmprep_populate_opts) == 72);
 
 #endif  /* KVMPREP_H */

@@ -64,6 +64,20 @@ reasons! {
     VmDead = 32, c"vm-dead";
     ThreadFailed = 33, c"thread-failed";
     NotFinished = 34, c"not-finished";
+    MemslotNumber = 35, c"memslot-number";
+    MemslotAbsent = 36, c"memslot-absent";
+    MemslotFixed = 37, c"memslot-fixed";
+    MemslotTooLarge = 38, c"memslot-too-large";
+    HvaNotUser = 39, c"hva-not-user";
+    MemslotBeyondHost = 40, c"memslot-beyond-host";
+    SharedBit = 41, c"shared-bit";
+    GmemNotOne = 42, c"gmem-not-one";
+    GmemTooShort = 43, c"gmem-too-short";
+    GmemOtherVm = 44, c"gmem-other-vm";
+    GmemBound = 45, c"gmem-bound";
+    FlagsUnsupported = 46, c"flags-unsupported";
+    MemslotMisaligned = 47, c"memslot-misaligned";
+    RangeInexact = 48, c"range-inexact";
 }
 
 /// Where in the work something failed.

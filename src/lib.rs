@@ -14,6 +14,7 @@ compile_error!("kvmprep is for 64-bit Linux");
 pub mod abi;
 pub mod error;
 pub mod kvm;
+pub mod level;
 pub mod memslot;
 pub mod panics;
 pub mod populate;

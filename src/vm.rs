@@ -5,8 +5,10 @@
 
 use crate::error::{Error, Reason, Result, Stage};
 use crate::kvm::caps::{Caps, QUIRK_SLOT_ZAP_ALL};
-use crate::kvm::{Errno, Kernel};
-use crate::memslot::{Memslot, SlotId, SlotRecord, address_space};
+use crate::kvm::{Errno, FileId, Kernel};
+use crate::memslot::alignment::Demand;
+use crate::memslot::check::{self, Verdict, check_overlap};
+use crate::memslot::{Memslot, SlotId, SlotRecord, address_space, check_guest_width};
 use crate::populate::coverage::{Coverage, Covered};
 use crate::populate::queue::Queue;
 use crate::range::Range;
@@ -17,7 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 /// How a handle is to be.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Config {
     /// The VM's descriptor; stays the caller's.
     pub vm_fd: RawFd,
@@ -27,13 +29,18 @@ pub struct Config {
     pub keep_mappings: bool,
     /// The caller has disabled that quirk itself.
     pub mappings_are_kept: bool,
+    /// `KVM_X86_*`: the VM's type.
+    pub vm_type: u32,
+    /// TDX: the bit of a gpa that says "shared", as a mask.
+    pub gpa_shared_bit: u64,
+    /// What slots are held to that the handle sets.
+    pub demand: Demand,
 }
 
 /// One guest.
 pub struct Vm {
     pub(crate) kernel: Arc<dyn Kernel>,
-    fd: RawFd,
-    gpa_bits: Option<u32>,
+    config: Config,
     mappings_are_kept: bool,
     caps: OnceCell<Caps>,
     memory: Mutex<Memory>,
@@ -87,7 +94,16 @@ pub(crate) fn check_vm(kernel: &dyn Kernel, fd: RawFd) -> Result<()> {
 }
 
 /// Why KVM did not take a slot. What is known of any refusal of its own goes before what is known of slots.
-fn refused_slot(slot: &Memslot, errno: Errno) -> Error {
+fn refused_slot(slot: &Memslot, verdict: Verdict, errno: Errno) -> Error {
+    if errno.0 == libc::EINVAL && verdict.gmem_owner_unknown {
+        let fd = slot.region.guest_memfd;
+        let error = Error::invalid(
+            Reason::GmemOtherVm,
+            format!("KVM refused the memslot, and all else is right: guest_memfd {fd} is another VM's"),
+        );
+        let error = error.hint("use one that KVM_CREATE_GUEST_MEMFD made for this VM");
+        return Error { range: slot.range(), ..error.stage(Stage::Memslot).slot(slot.id()) };
+    }
     let mut error = Error::kernel(errno, "KVM_SET_USER_MEMORY_REGION").stage(Stage::Memslot).slot(slot.id());
     error.range = slot.range();
     if !error.hint.is_empty() {
@@ -95,7 +111,7 @@ fn refused_slot(slot: &Memslot, errno: Errno) -> Error {
     }
     error.hint(match errno.0 {
         libc::EINVAL => {
-            "delete the slot before its size, memory or permission changes; check its number and its guest_memfd"
+            "tell the handle of every slot there is, and of each change: by what it knows the slot is right"
         }
         libc::EEXIST => "tell the handle of every slot there is: KVM has one there already",
         libc::ENOTTY => "needs x86-64, and for a guest_memfd Linux 6.8",
@@ -112,8 +128,7 @@ impl Vm {
         }
         let vm = Self {
             kernel,
-            fd: config.vm_fd,
-            gpa_bits: config.gpa_bits,
+            config,
             mappings_are_kept: config.keep_mappings || config.mappings_are_kept,
             caps: OnceCell::new(),
             memory: Mutex::default(),
@@ -126,20 +141,27 @@ impl Vm {
 
     /// The VM's descriptor.
     pub(crate) fn fd(&self) -> RawFd {
-        self.fd
+        self.config.vm_fd
     }
 
     /// What this VM offers.
     pub fn caps(&self) -> Result<&Caps> {
         self.caps.get_or_try_init(|| {
-            Caps::probe(&*self.kernel, None, Some(self.fd))
-                .map_err(|errno| Error::kernel(errno, "probing the VM"))
+            let caps = Caps::probe(&*self.kernel, None, Some(self.fd()))
+                .map_err(|errno| Error::kernel(errno, "probing the VM"))?;
+            let Config { vm_type, gpa_shared_bit, .. } = self.config;
+            Ok(Caps { vm_type, gpa_shared_bit, ..caps })
         })
     }
 
     /// Bits of a guest physical address.
     pub fn gpa_bits(&self) -> Result<u32> {
-        Ok(self.gpa_bits.unwrap_or(self.caps()?.gpa_bits))
+        Ok(self.config.gpa_bits.unwrap_or(self.caps()?.gpa_bits))
+    }
+
+    /// Bits that a memslot's addresses may have: the guest's, where they were told, else what KVM takes.
+    fn memslot_gpa_bits(&self) -> Result<u32> {
+        Ok(self.config.gpa_bits.unwrap_or(self.caps()?.memslot_gpa_bits()))
     }
 
     pub(crate) fn memory(&self) -> MutexGuard<'_, Memory> {
@@ -170,7 +192,7 @@ impl Vm {
 
     /// Replaces the record by `slots`.
     pub fn set_memslots(&self, slots: &[Memslot]) -> Result<()> {
-        let gpa_bits = self.gpa_bits()?;
+        let gpa_bits = self.memslot_gpa_bits()?;
         let mut fresh = SlotRecord::default();
         for slot in slots {
             slot.check(gpa_bits)?;
@@ -185,8 +207,8 @@ impl Vm {
             if fresh.get(slot.id()).is_some() {
                 return Err(unusable("a slot number stands in the list twice").hint("list each slot once"));
             }
-            fresh.check_room(slot)?;
-            fresh.replace(slot);
+            check_overlap(&fresh, slot)?;
+            fresh.replace(slot, self.guest_memfd_of(slot));
         }
         let gone: Vec<Memslot> =
             self.memory().slots.iter().filter(|old| fresh.get(old.id()) != Some(old)).copied().collect();
@@ -280,11 +302,12 @@ impl Vm {
 
     /// A slot has changed.
     pub fn note(&self, slot: &Memslot) -> Result<()> {
-        slot.check(self.gpa_bits()?)?;
+        slot.check(self.memslot_gpa_bits()?)?;
+        let file = self.guest_memfd_of(slot);
         let old = {
             let mut memory = self.memory();
-            memory.slots.check_room(slot)?;
-            let old = memory.slots.replace(slot);
+            check_overlap(&memory.slots, slot)?;
+            let old = memory.slots.replace(slot, file);
             memory.changes += 1;
             self.note_loss(&mut memory, old.as_ref(), Some(slot));
             old
@@ -299,14 +322,30 @@ impl Vm {
 
     /// Checks, announces, sets and notes a slot.
     pub fn set(&self, slot: &Memslot) -> Result<()> {
-        slot.check(self.gpa_bits()?)?;
-        self.memory().slots.check_room(slot)?;
+        let verdict = self.check(slot)?;
+        self.config.demand.check(&*self.kernel, slot)?;
         self.changing(slot.id());
-        if let Err(errno) = self.kernel.set_region(self.fd, &slot.region) {
+        if let Err(errno) = self.kernel.set_region(self.fd(), &slot.region) {
             self.memory().slots.set_changing(slot.id(), false);
-            return Err(refused_slot(slot, errno));
+            return Err(refused_slot(slot, verdict, errno));
         }
         self.note(slot)
+    }
+
+    /// Whether KVM would take the slot, as far as the handle knows of others.
+    pub fn check(&self, slot: &Memslot) -> Result<Verdict> {
+        let caps = self.caps()?;
+        let verdict = check::check(&*self.kernel, caps, &self.memory().slots, slot)?;
+        if let (Some(range), Some(bits)) = (slot.range(), self.config.gpa_bits) {
+            check_guest_width(range, bits).map_err(|e| e.stage(Stage::Memslot).slot(slot.id()))?;
+        }
+        Ok(verdict)
+    }
+
+    /// Which file the slot's guest_memfd is, where it has one.
+    fn guest_memfd_of(&self, slot: &Memslot) -> Option<FileId> {
+        let fd = (slot.has_guest_memfd() && slot.range().is_some()).then_some(slot.region.guest_memfd)?;
+        self.kernel.file_status(fd).ok().map(|status| status.id)
     }
 
     /// What the change from `old` to `new` has cost.

@@ -32,6 +32,7 @@ const WRITE: Options = Options {
     check_free: false,
     skip_covered: false,
     dirty_logged_too: false,
+    exact: false,
     timeout: None,
 };
 
@@ -62,7 +63,7 @@ fn vm_of(kernel: Fake) -> (Arc<Fake>, Arc<Vm>) {
 
 fn vm_with(kernel: Fake, mappings_are_kept: bool) -> (Arc<Fake>, Arc<Vm>) {
     let kernel = Arc::new(kernel);
-    let config = Config { vm_fd: 3, gpa_bits: Some(40), keep_mappings: false, mappings_are_kept };
+    let config = Config { vm_fd: 3, gpa_bits: Some(40), mappings_are_kept, ..Config::default() };
     let vm = Vm::new(kernel.clone(), config).unwrap();
     vm.set_memslots(&[slot(1, GPA, SIZE)]).unwrap();
     (kernel, Arc::new(vm))
@@ -531,7 +532,7 @@ fn every_system_call_may_fail_and_nothing_is_lost() {
 #[test]
 fn a_vm_that_cannot_be_probed_is_no_handle() {
     let kernel = Arc::new(fake());
-    let config = Config { vm_fd: 3, gpa_bits: None, keep_mappings: true, mappings_are_kept: false };
+    let config = Config { vm_fd: 3, keep_mappings: true, ..Config::default() };
     for (call, after) in [(Call::CheckExtension, 0), (Call::CheckExtension, 5), (Call::DisableQuirks, 0)] {
         kernel.fail(call, after, libc::EIO);
         let error = Vm::new(kernel.clone(), config).err().unwrap();
@@ -557,7 +558,7 @@ fn a_slot_that_the_kernel_refuses_is_as_it_was() {
 #[test]
 fn a_refused_slot_comes_with_the_advice_that_fits() {
     for (errno, reason, advice) in [
-        (libc::EINVAL, Reason::KernelRefused, "delete the slot"),
+        (libc::EINVAL, Reason::KernelRefused, "tell the handle of every slot"),
         (libc::EEXIST, Reason::KernelRefused, "tell the handle"),
         (libc::ENOMEM, Reason::KernelRefused, "as it was"),
         (libc::EBADF, Reason::BadFd, "file descriptor"),

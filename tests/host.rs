@@ -5,7 +5,7 @@ mod fake;
 
 use fake::{Call, Fake};
 use kvmprep::error::{Error, Reason};
-use kvmprep::kvm::{FileKind, FileSize, MEM_GUEST_MEMFD, MappedObject, Mapping, Region};
+use kvmprep::kvm::{FileKind, FileStatus, MEM_GUEST_MEMFD, MappedObject, Mapping, Region};
 use kvmprep::memslot::{Memslot, Nature, SlotRecord};
 use kvmprep::populate::job::{Job, Options};
 use kvmprep::populate::plan::{HostMethod, Intent, Plan, Wish};
@@ -28,6 +28,7 @@ const HOST_ONLY: Options = Options {
     check_free: false,
     skip_covered: false,
     dirty_logged_too: false,
+    exact: false,
     timeout: None,
 };
 
@@ -63,7 +64,7 @@ fn anonymous() -> Fake {
 
 fn vm_of(kernel: Fake, slot: Memslot) -> (Arc<Fake>, Arc<Vm>) {
     let kernel = Arc::new(kernel);
-    let config = Config { vm_fd: 3, gpa_bits: Some(40), keep_mappings: false, mappings_are_kept: false };
+    let config = Config { vm_fd: 3, gpa_bits: Some(40), ..Config::default() };
     let vm = Vm::new(kernel.clone(), config).unwrap();
     vm.set_memslots(&[slot]).unwrap();
     (kernel, Arc::new(vm))
@@ -89,6 +90,7 @@ fn where_a_look_costs_all_mappings_a_plan_takes_one_and_each_plan_its_own() {
         .map(|at| Mapping {
             start: HVA + at * SIZE / pieces / PAGE * PAGE,
             end: HVA + (at + 1) * SIZE / pieces / PAGE * PAGE,
+            offset: 0,
             writable: true,
             shared: at % 2 == 0,
             page_size: 0,
@@ -96,7 +98,7 @@ fn where_a_look_costs_all_mappings_a_plan_takes_one_and_each_plan_its_own() {
         })
         .collect();
     let mut record = SlotRecord::default();
-    record.replace(&slot());
+    record.replace(&slot(), None);
     let wish =
         Wish { intent: Intent::Write, stage2: true, dirty_logged_too: false, has_private_memory: true };
     let before = kernel.calls.load(Ordering::Relaxed);
@@ -116,7 +118,7 @@ fn a_guest_memfd_of_a_vm_without_private_memory_is_not_what_the_guest_sees() {
     let mut slot = slot();
     slot.region.flags = MEM_GUEST_MEMFD;
     slot.region.guest_memfd = 7;
-    record.replace(&slot);
+    record.replace(&slot, None);
     for (has_private_memory, host) in [(true, HostMethod::Allocate), (false, HostMethod::PopulateWrite)] {
         let wish = Wish { intent: Intent::Write, stage2: true, dirty_logged_too: false, has_private_memory };
         let plan = Plan::new(&anonymous(), &record, &[], wish).unwrap();
@@ -216,7 +218,7 @@ fn huge_pages_of_a_size_that_nobody_tells_are_not_counted_as_memory() {
     for (allocated, fits) in [(0, false), (SIZE - HUGE, false), (SIZE, true)] {
         let mut kernel = fake(MappedObject::Hugetlb, true, 0);
         kernel.file_kind = FileKind { object: MappedObject::Hugetlb, page_size: HUGE };
-        kernel.file_size = FileSize { length: SIZE, allocated };
+        kernel.file_status = FileStatus { length: SIZE, allocated, ..kernel.file_status };
         assert_eq!(check(kernel, &pool(0), with_file, Intent::Write).is_ok(), fits, "{allocated}");
     }
 }
@@ -290,7 +292,7 @@ fn a_pool_is_blamed_only_when_it_is_empty() {
     for (length, reason) in [(0, Reason::NoHostMapping), (SIZE, Reason::HugetlbShortage)] {
         let mut kernel = huge("3", "0");
         kernel.file_kind = FileKind { object: MappedObject::Hugetlb, page_size: HUGE };
-        kernel.file_size = FileSize { length, allocated: 0 };
+        kernel.file_status = FileStatus { length, allocated: 0, ..kernel.file_status };
         assert_eq!(verdict(kernel, with_file, failing(libc::EFAULT)).unwrap_err().reason, reason);
     }
     let short = fake(MappedObject::Shmem, true, PAGE);

@@ -72,9 +72,32 @@ pub unsafe fn read_growing<T: Growing>(pointer: *const T, name: &str) -> Result<
         )
         .hint("initialise the struct with its _INIT macro"));
     }
-    // SAFETY: the caller's struct has `size` bytes by its own word.
-    let bytes = unsafe { std::slice::from_raw_parts(pointer.cast::<u8>(), size) };
-    let known = size.min(size_of::<T>());
+    // SAFETY: the caller's struct has `size` bytes by its own word, and a growing T is valid for any.
+    unsafe { decode_bytes(std::slice::from_raw_parts(pointer.cast::<u8>(), size), name) }
+}
+
+/// Decodes a struct that the library once wrote, of `size` bytes by the caller's word: no fewer than the first version
+/// that could be passed in has, and what this version does not know is zero.
+///
+/// # Safety
+/// A pointer that is neither NULL nor misaligned points to `size` readable bytes. The type is `repr(C)` and valid for any
+/// bytes.
+pub unsafe fn read_sized<T: Copy>(pointer: *const T, size: usize, first: usize, name: &str) -> Result<T> {
+    check_pointer(pointer, name)?;
+    if !(first..=LARGEST_STRUCT).contains(&size) {
+        return Err(Error::invalid(Reason::StructSize, format!("the size passed for {name} is {size}"))
+            .hint("pass sizeof of the struct"));
+    }
+    // SAFETY: `size` bytes by the caller's word, and T is valid for any.
+    unsafe { decode_bytes(std::slice::from_raw_parts(pointer.cast::<u8>(), size), name) }
+}
+
+/// The struct in `bytes`, completed with zeroes.
+///
+/// # Safety
+/// The type is `repr(C)` and valid for any bytes.
+unsafe fn decode_bytes<T: Copy>(bytes: &[u8], name: &str) -> Result<T> {
+    let known = bytes.len().min(size_of::<T>());
     if bytes[known..].iter().any(|byte| *byte != 0) {
         return Err(Error::new(
             libc::E2BIG,

@@ -44,6 +44,26 @@ pub struct kvmprep_caps {
     pub gpa_bits: u32,
     /// Release of the running kernel: major << 16 | minor << 8 | patch (at most 255 each).
     pub kernel_release: u32,
+    /// 1 when KVM uses nested paging on this host, 0 when it shadows page tables. Since 0.3, as all that follows.
+    pub nested_paging: u32,
+    /// 1 when there is KVM_SET_USER_MEMORY_REGION2 (Linux 6.8).
+    pub user_memory2: u32,
+    /// One past the last address of this process that a memslot may have, in bytes; a multiple of 4096.
+    pub hva_end: u64,
+    /// KVM_X86_*: the VM's type. The kernel cannot be asked: written as 0, KVM_X86_DEFAULT_VM; the caller may set it.
+    pub vm_type: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// The bit of a gpa that says "shared", as a mask, for TDX: 1 << 47 or 1 << 51, by the guest's width. Written as 0; the
+    /// caller may set it.
+    pub gpa_shared_bit: u64,
+}
+
+const _: () = assert!(size_of::<kvmprep_caps>() == kvmprep_caps::FIRST_PASSED_IN);
+
+impl kvmprep_caps {
+    /// Size of the first version that could be passed in, in bytes: 0.3's.
+    pub(super) const FIRST_PASSED_IN: usize = 88;
 }
 
 impl From<&Caps> for kvmprep_caps {
@@ -61,6 +81,36 @@ impl From<&Caps> for kvmprep_caps {
             address_spaces: caps.address_spaces,
             gpa_bits: caps.gpa_bits,
             kernel_release: major << 16 | minor << 8 | patch,
+            nested_paging: caps.nested_paging.into(),
+            user_memory2: caps.user_memory2.into(),
+            hva_end: caps.hva_end,
+            vm_type: caps.vm_type,
+            reserved: 0,
+            gpa_shared_bit: caps.gpa_shared_bit,
+        }
+    }
+}
+
+impl From<&kvmprep_caps> for Caps {
+    fn from(caps: &kvmprep_caps) -> Self {
+        let release = caps.kernel_release;
+        Self {
+            release: [release >> 16, release >> 8 & 0xff, release & 0xff],
+            pre_fault: caps.pre_fault != 0,
+            can_keep_mappings: caps.keep_mappings != 0,
+            read_only: caps.read_only_memslots != 0,
+            guest_memfd: caps.guest_memfd != 0,
+            guest_memfd_flags: caps.guest_memfd_flags,
+            memory_attributes: caps.memory_attributes,
+            vm_types: caps.vm_types,
+            memslots: caps.memslots,
+            address_spaces: caps.address_spaces,
+            gpa_bits: caps.gpa_bits,
+            nested_paging: caps.nested_paging != 0,
+            user_memory2: caps.user_memory2 != 0,
+            hva_end: caps.hva_end,
+            vm_type: caps.vm_type,
+            gpa_shared_bit: caps.gpa_shared_bit,
         }
     }
 }

@@ -4,7 +4,7 @@ use crate::error::{Error, Reason};
 use std::ffi::c_char;
 
 /// Major, minor and patch version of this header, as kvmprep_version() encodes them.
-pub const KVMPREP_VERSION: u32 = 0x0000_0200;
+pub const KVMPREP_VERSION: u32 = 0x0000_0300;
 
 /// In `slot` and `other_slot`: no slot is concerned.
 pub const KVMPREP_NO_SLOT: u32 = 0xffff_ffff;
@@ -94,6 +94,35 @@ pub const KVMPREP_REASON_VM_DEAD: u32 = 32;
 pub const KVMPREP_REASON_THREAD_FAILED: u32 = 33;
 /// The job is still at work (-ETIMEDOUT from a wait).
 pub const KVMPREP_REASON_NOT_FINISHED: u32 = 34;
+/// A memslot's number, or its address space, is more than the kernel or VM has (-EINVAL).
+pub const KVMPREP_REASON_MEMSLOT_NUMBER: u32 = 35;
+/// A memslot that is not there is to be deleted (-EINVAL).
+pub const KVMPREP_REASON_MEMSLOT_ABSENT: u32 = 36;
+/// Size, hva, KVM_MEM_READONLY and guest_memfd of a memslot cannot change (-EINVAL).
+pub const KVMPREP_REASON_MEMSLOT_FIXED: u32 = 37;
+/// A memslot has more than 2^31 - 1 pages (-EINVAL).
+pub const KVMPREP_REASON_MEMSLOT_TOO_LARGE: u32 = 38;
+/// A memslot's memory is not where user memory can be (-EINVAL).
+pub const KVMPREP_REASON_HVA_NOT_USER: u32 = 39;
+/// A memslot ends beyond what this host's physical addresses reach (-EINVAL).
+pub const KVMPREP_REASON_MEMSLOT_BEYOND_HOST: u32 = 40;
+/// A memslot's addresses have TDX's shared bit (-EINVAL).
+pub const KVMPREP_REASON_SHARED_BIT: u32 = 41;
+/// A memslot's guest_memfd is another kind of file (-EINVAL).
+pub const KVMPREP_REASON_GMEM_NOT_ONE: u32 = 42;
+/// A memslot's guest_memfd ends before the slot does (-EINVAL).
+pub const KVMPREP_REASON_GMEM_TOO_SHORT: u32 = 43;
+/// A memslot's guest_memfd was made for another VM (-EINVAL).
+pub const KVMPREP_REASON_GMEM_OTHER_VM: u32 = 44;
+/// Some of a memslot's part of its guest_memfd is bound to another slot, which `other_slot` names (-EEXIST; before Linux
+/// 7.2 -EINVAL).
+pub const KVMPREP_REASON_GMEM_BOUND: u32 = 45;
+/// This VM does not take these memslot flags, or not together (-EINVAL); or the kernel has no guest_memfd (-ENOTTY).
+pub const KVMPREP_REASON_FLAGS_UNSUPPORTED: u32 = 46;
+/// A memslot breaks the alignment rule, which was to be kept strictly (-EINVAL).
+pub const KVMPREP_REASON_MEMSLOT_MISALIGNED: u32 = 47;
+/// KVM may map more than a range that was to be populated exactly (-EINVAL); the range told is wide enough.
+pub const KVMPREP_REASON_RANGE_INEXACT: u32 = 48;
 
 /// What was wrong, where, and what to do.
 ///
@@ -168,7 +197,7 @@ impl From<&Error> for kvmprep_error {
 }
 
 /// Text cut to fit, between characters, with its NUL.
-fn c_text<const N: usize>(text: &str) -> [c_char; N] {
+pub(super) fn c_text<const N: usize>(text: &str) -> [c_char; N] {
     let mut end = text.len().min(N - 1);
     while !text.is_char_boundary(end) {
         end -= 1;

@@ -12,11 +12,13 @@ pub mod boundary;
 mod caps;
 mod error;
 mod job;
+mod memslot;
 mod populate;
 mod vm;
 
 pub use caps::*;
 pub use error::*;
 pub use job::*;
+pub use memslot::*;
 pub use populate::*;
 pub use vm::*;

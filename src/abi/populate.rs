@@ -46,6 +46,12 @@ pub const KVMPREP_POPULATE_SKIP_COVERED: u32 = 16;
 /// Fill stage 2 of slots with KVM_MEM_LOG_DIRTY_PAGES too. Every page of them becomes dirty. Never with a dirty
 /// ring: the kernel lets it overflow.
 pub const KVMPREP_POPULATE_DIRTY_LOGGED: u32 = 32;
+/// Refuse with -EINVAL, reason RANGE_INEXACT, before anything is done, ranges at whose edges KVM would be allowed to map
+/// beyond them: it maps a whole page of 2 MiB or 1 GiB for one of 4 KiB asked for. `err` has the range as wide as its
+/// edges would have to be. Whether huge pages are there at this moment does not matter, only whether the slot and the kind
+/// of its memory can have them; private memory has none. With n = 0, or without stage 2, there is nothing to refuse. Since
+/// 0.3.
+pub const KVMPREP_POPULATE_EXACT: u32 = 64;
 
 /// How far a population is. Its fields only grow in number; a callback must not rely on its sizeof.
 #[repr(C)]
@@ -136,7 +142,8 @@ impl kvmprep_populate_opts {
             | KVMPREP_POPULATE_REQUIRE_STAGE2
             | KVMPREP_POPULATE_CHECK_FREE
             | KVMPREP_POPULATE_SKIP_COVERED
-            | KVMPREP_POPULATE_DIRTY_LOGGED;
+            | KVMPREP_POPULATE_DIRTY_LOGGED
+            | KVMPREP_POPULATE_EXACT;
         check_flags(self.flags, known, "opts->flags")?;
         let has = |flag| self.flags & flag != 0;
         if has(KVMPREP_POPULATE_HOST_ONLY) && has(KVMPREP_POPULATE_REQUIRE_STAGE2) {
@@ -163,6 +170,7 @@ impl kvmprep_populate_opts {
             check_free: has(KVMPREP_POPULATE_CHECK_FREE),
             skip_covered: has(KVMPREP_POPULATE_SKIP_COVERED),
             dirty_logged_too: has(KVMPREP_POPULATE_DIRTY_LOGGED),
+            exact: has(KVMPREP_POPULATE_EXACT),
             timeout: (self.timeout_ms != 0).then(|| Duration::from_millis(self.timeout_ms.into())),
         })
     }

@@ -2,50 +2,15 @@
 
 use super::boundary::*;
 use super::error::kvmprep_error;
-use crate::error::{Error, Reason, Result, Stage};
+use super::memslot::{decode_rule, kvmprep_memslot};
+use crate::error::{Error, Reason, Result};
+use crate::kvm::Linux;
 use crate::kvm::caps::physical_address_bits;
-use crate::kvm::{Linux, MEM_GUEST_MEMFD, Region};
-use crate::memslot::{Backing, Memslot, Nature, check_guest_width};
+use crate::memslot::check_guest_width;
 use crate::range::Range;
 use crate::vm::{Config, Vm};
 use std::ffi::{c_int, c_void};
 use std::sync::Arc;
-
-/// Find out from the kernel what lies behind the slot. A slot with a guest_memfd that is not mapped at its hva is
-/// taken for KVMPREP_BACKING_GUEST_MEMFD, all of it private, where the VM has private memory (VM types
-/// SW_PROTECTED, SNP, TDX); a slot whose memory is shared now, or in part, must say so by naming what is at its hva.
-/// Conversions are not followed. In other VMs such a guest_memfd is not what the guest sees, and the slot is
-/// populated by its hva. What is said with another value is believed, for the method and for the report; each
-/// mapping is looked up all the same, when a job is made.
-pub const KVMPREP_BACKING_AUTO: u32 = 0;
-/// Anonymous private memory; with or without transparent huge pages.
-pub const KVMPREP_BACKING_ANONYMOUS: u32 = 1;
-/// memfd, tmpfs or shared anonymous memory, MAP_SHARED.
-pub const KVMPREP_BACKING_SHMEM_SHARED: u32 = 2;
-/// memfd or tmpfs, MAP_PRIVATE.
-pub const KVMPREP_BACKING_SHMEM_PRIVATE: u32 = 3;
-/// Another file, MAP_SHARED.
-pub const KVMPREP_BACKING_FILE_SHARED: u32 = 4;
-/// Another file, MAP_PRIVATE: a snapshot.
-pub const KVMPREP_BACKING_FILE_PRIVATE: u32 = 5;
-/// Huge pages from a pool, MAP_SHARED.
-pub const KVMPREP_BACKING_HUGETLB_SHARED: u32 = 6;
-/// Huge pages from a pool, MAP_PRIVATE.
-pub const KVMPREP_BACKING_HUGETLB_PRIVATE: u32 = 7;
-/// guest_memfd that is mapped at the slot's hva and serves shared accesses too (Linux 6.18 or newer).
-pub const KVMPREP_BACKING_GUEST_MEMFD_SHARED: u32 = 8;
-/// guest_memfd whose pages the host cannot see (Linux 6.8).
-pub const KVMPREP_BACKING_GUEST_MEMFD: u32 = 9;
-
-/// Only parts of the slot are in use (virtio-mem): it is populated only where ranges name it.
-pub const KVMPREP_MEMSLOT_SPARSE: u32 = 1;
-/// The slot is a device's memory (a mapped BAR): it is never populated.
-pub const KVMPREP_MEMSLOT_DEVICE: u32 = 2;
-/// The slot's memory is, or may be, registered with userfaultfd: only KVMPREP_INTENT_RESIDENT touches it, since
-/// anything else would wait for the handler, in places where no signal ends the wait.
-pub const KVMPREP_MEMSLOT_USERFAULTFD: u32 = 4;
-/// `memory_fd` and `memory_fd_offset` are set.
-pub const KVMPREP_MEMSLOT_MEMORY_FD: u32 = 8;
 
 /// Disable the slot-zap-all quirk while the handle is made: what kvmprep_keep_mappings() does, and with its
 /// conditions. The handle then knows that mappings outlive the deletion of other slots.
@@ -88,102 +53,6 @@ pub(super) fn check_guest_range(range: Range) -> Result<()> {
     check_guest_width(range, physical_address_bits())
 }
 
-/// A memslot: what KVM_SET_USER_MEMORY_REGION2 is told, in the kernel's encoding, and what the VMM knows beyond.
-///
-/// Its layout is fixed for ever. Start from KVMPREP_MEMSLOT_INIT or zeroes.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct kvmprep_memslot {
-    /// Slot number, its address space in the upper 16 bits (`slot | as_id << 16`).
-    pub slot: u32,
-    /// KVM_MEM_LOG_DIRTY_PAGES (1), KVM_MEM_READONLY (2), KVM_MEM_GUEST_MEMFD (4).
-    pub flags: u32,
-    /// Guest physical address in bytes; a multiple of 4096.
-    pub gpa: u64,
-    /// Bytes; a multiple of 4096. 0: the slot is deleted.
-    pub size: u64,
-    /// Address of the memory in this process, in bytes; a multiple of 4096.
-    pub hva: u64,
-    /// Offset of the slot's first byte in its guest_memfd, in bytes; a multiple of 4096. Read with
-    /// KVM_MEM_GUEST_MEMFD only.
-    pub guest_memfd_offset: u64,
-    /// The guest_memfd; stays the caller's. Read with KVM_MEM_GUEST_MEMFD only.
-    pub guest_memfd: i32,
-    /// KVMPREP_BACKING_*: what lies behind the slot.
-    pub backing: u32,
-    /// KVMPREP_MEMSLOT_*.
-    pub attributes: u32,
-    /// With KVMPREP_MEMSLOT_MEMORY_FD: the file that is mapped at `hva`. It stays the caller's and open while
-    /// jobs over the slot live. With it, shared memfd memory is allocated before it is populated, which saves some
-    /// percent, and a shortage of huge pages can be told from a file that is too short.
-    pub memory_fd: i32,
-    /// With KVMPREP_MEMSLOT_MEMORY_FD: the file offset that is mapped at `hva`, in bytes.
-    pub memory_fd_offset: u64,
-    /// Must be zero.
-    pub reserved: [u64; 8],
-}
-
-const _: () = assert!(size_of::<kvmprep_memslot>() == 128);
-
-impl kvmprep_memslot {
-    fn decode(&self) -> Result<Memslot> {
-        self.decode_fields().map_err(|error| error.stage(Stage::Memslot).slot(self.slot))
-    }
-
-    fn decode_fields(&self) -> Result<Memslot> {
-        check_reserved(self.reserved == [0; 8], "kvmprep_memslot")?;
-        let known = KVMPREP_MEMSLOT_SPARSE
-            | KVMPREP_MEMSLOT_DEVICE
-            | KVMPREP_MEMSLOT_USERFAULTFD
-            | KVMPREP_MEMSLOT_MEMORY_FD;
-        check_flags(self.attributes, known, "kvmprep_memslot.attributes")?;
-        let has = |attribute| self.attributes & attribute != 0;
-        let file = if has(KVMPREP_MEMSLOT_MEMORY_FD) {
-            Some((required_fd(self.memory_fd, "kvmprep_memslot.memory_fd")?, self.memory_fd_offset))
-        } else {
-            None
-        };
-        if file.is_some_and(|(_, offset)| offset.checked_add(self.size).is_none()) {
-            return Err(Error::invalid(
-                Reason::RangeOverflow,
-                "the slot's memory_fd_offset plus its size wraps",
-            )
-            .hint("pass the offset that is mapped at hva"));
-        }
-        if self.flags & MEM_GUEST_MEMFD != 0 && self.size != 0 {
-            required_fd(self.guest_memfd, "kvmprep_memslot.guest_memfd")?;
-        }
-        Ok(Memslot {
-            region: Region {
-                slot: self.slot,
-                flags: self.flags,
-                gpa: self.gpa,
-                size: self.size,
-                hva: self.hva,
-                guest_memfd: self.guest_memfd,
-                guest_memfd_offset: self.guest_memfd_offset,
-            },
-            backing: decode_backing(self.backing)?,
-            file,
-            nature: Nature {
-                sparse: has(KVMPREP_MEMSLOT_SPARSE),
-                device: has(KVMPREP_MEMSLOT_DEVICE),
-                userfaultfd: has(KVMPREP_MEMSLOT_USERFAULTFD),
-            },
-        })
-    }
-}
-
-fn decode_backing(backing: u32) -> Result<Option<Backing>> {
-    match (backing as usize).checked_sub(1) {
-        None => Ok(None),
-        Some(index) => Backing::ALL.get(index).copied().map(Some).ok_or_else(|| {
-            Error::invalid(Reason::BadValue, format!("{backing} is no KVMPREP_BACKING_*"))
-                .hint("pass KVMPREP_BACKING_AUTO if unsure")
-        }),
-    }
-}
-
 /// How a handle is to be. Start from KVMPREP_VM_CONFIG_INIT. An input that may grow.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -197,6 +66,12 @@ pub struct kvmprep_vm_config {
     /// Bits of a guest physical address, 12 to 52, as the guest's CPUID says; 0: as many as the host has. Memory
     /// beyond is refused: KVM would map it somewhere else (it drops the bits that its page tables do not have).
     pub gpa_bits: u32,
+    /// KVM_X86_*: the VM's type, as it was made; 0: the default type. Since 0.3, as all that follows.
+    pub vm_type: u32,
+    /// KVMPREP_ALIGN_*: what kvmprep_memslot_set() holds slots to; it matters with KVMPREP_ALIGN_STRICT only.
+    pub alignment_rule: u32,
+    /// The bit of a gpa that says "shared", as a mask, for TDX: 1 << 47 or 1 << 51; else 0.
+    pub gpa_shared_bit: u64,
 }
 
 // SAFETY: repr(C), integers only, no padding, the size first.
@@ -248,6 +123,9 @@ pub unsafe extern "C" fn kvmprep_vm_new(
                 gpa_bits: (config.gpa_bits != 0).then_some(config.gpa_bits),
                 keep_mappings: config.flags & KVMPREP_VM_KEEP_MAPPINGS != 0,
                 mappings_are_kept: config.flags & KVMPREP_VM_MAPPINGS_ARE_KEPT != 0,
+                vm_type: config.vm_type,
+                gpa_shared_bit: config.gpa_shared_bit,
+                demand: decode_rule(config.alignment_rule, "config->alignment_rule")?,
             };
             let vm = Vm::new(Arc::new(Linux::with_open_files()), config)?;
             write(out, Box::into_raw(Box::new(kvmprep_vm(Arc::new(vm)))), "out")?;
@@ -308,13 +186,14 @@ pub unsafe extern "C" fn kvmprep_vm_set_memslots(
     }
 }
 
-/// Makes, changes or deletes (size 0) a memslot: checks it for plain mistakes, lets workers go of its memory,
-/// calls KVM_SET_USER_MEMORY_REGION (2 with a guest_memfd, Linux 6.8) and notes the change.
+/// Makes, changes or deletes (size 0) a memslot: checks it as kvmprep_vm_check_memslot() does, by the alignment rule of the
+/// handle, lets workers go of its memory, calls KVM_SET_USER_MEMORY_REGION (2 with a guest_memfd, Linux 6.8) and notes the
+/// change.
 ///
 /// Threads: any; changes of one slot must not race with each other. Waits for workers as
-/// kvmprep_memslot_changing() does. Returns 0, or -EINVAL (malformed), -EBADF (a descriptor in it is negative),
-/// -EEXIST (it overlaps another slot, which `err` names), or what KVM answered. On error the slot is as it was
-/// before.
+/// kvmprep_memslot_changing() does. Returns 0, or what kvmprep_memslot_check() returns, before anything is done; or what
+/// KVM answered: -EINVAL with reason GMEM_OTHER_VM (a guest_memfd of another VM's, which is all that the check leaves
+/// open), -EEXIST or -EINVAL (slots that the handle was not told of), -ENOMEM, -EIO. On error the slot is as it was before.
 ///
 /// # Safety
 /// `vm` is a handle, `slot` points to a kvmprep_memslot, `err` to a kvmprep_error or is NULL.

@@ -4,12 +4,13 @@ use super::uapi::KVM_CAP_GUEST_MEMFD_FLAGS;
 use super::{Errno, Kernel, Sys, ioctls};
 use std::os::fd::RawFd;
 
-pub use ioctls::{QUIRK_SLOT_ZAP_ALL, physical_address_bits};
+pub use ioctls::{QUIRK_SLOT_ZAP_ALL, largest_page, physical_address_bits};
 
 const KVM_CAP_NR_MEMSLOTS: u32 = 10;
 const KVM_CAP_READONLY_MEM: u32 = 81;
 const KVM_CAP_MULTI_ADDRESS_SPACE: u32 = 118;
 const KVM_CAP_DISABLE_QUIRKS2: u32 = 213;
+const KVM_CAP_USER_MEMORY2: u32 = 231;
 const KVM_CAP_MEMORY_ATTRIBUTES: u32 = 233;
 const KVM_CAP_GUEST_MEMFD: u32 = 234;
 const KVM_CAP_VM_TYPES: u32 = 235;
@@ -40,17 +41,32 @@ pub struct Caps {
     pub address_spaces: u32,
     /// Bits of a physical address of this host.
     pub gpa_bits: u32,
+    /// Nested paging is in use; else shadow paging.
+    pub nested_paging: bool,
+    /// `KVM_SET_USER_MEMORY_REGION2`.
+    pub user_memory2: bool,
+    /// One past the last address of this process that a memslot may have.
+    pub hva_end: u64,
+    /// `KVM_X86_*`: the VM's type, where the caller has told it; 0 else.
+    pub vm_type: u32,
+    /// TDX: the bit of a gpa that says "shared", as a mask; told by the caller.
+    pub gpa_shared_bit: u64,
 }
+
+/// The most bits that a gpa of a memslot has where KVM does not use nested paging.
+const SHADOWED_GPA_BITS: u32 = 52;
 
 impl Caps {
     /// Asks the VM where there is one, `/dev/kvm` else: their answers differ, and the VM's is the one that holds.
     pub fn probe(kernel: &dyn Kernel, kvm: Option<RawFd>, vm: Option<RawFd>) -> Sys<Self> {
         let fd = vm.or(kvm).ok_or(Errno(libc::EBADF))?;
         let ask = |capability| kernel.check_extension(fd, capability);
+        let release = release(kernel);
+        let pre_fault = ask(KVM_CAP_PRE_FAULT_MEMORY)? != 0;
         // The VM answers VM_TYPES as well; all but the newest kernels ignore the fd for it.
         Ok(Self {
-            release: release(kernel),
-            pre_fault: ask(KVM_CAP_PRE_FAULT_MEMORY)? != 0,
+            release,
+            pre_fault,
             can_keep_mappings: QUIRK_SLOT_ZAP_ALL != 0
                 && u64::from(ask(KVM_CAP_DISABLE_QUIRKS2)?) & QUIRK_SLOT_ZAP_ALL != 0,
             read_only: ask(KVM_CAP_READONLY_MEM)? != 0,
@@ -61,8 +77,35 @@ impl Caps {
             memslots: ask(KVM_CAP_NR_MEMSLOTS)?,
             address_spaces: ask(KVM_CAP_MULTI_ADDRESS_SPACE)?.max(1),
             gpa_bits: physical_address_bits(),
+            nested_paging: pre_fault || (release < PRE_FAULT && has_nested_paging(kernel)),
+            user_memory2: ask(KVM_CAP_USER_MEMORY2)? != 0,
+            hva_end: kernel.user_addresses_end(),
+            vm_type: 0,
+            gpa_shared_bit: 0,
         })
     }
+
+    /// Whether the VM has private memory: of type SW_PROTECTED, SNP or TDX.
+    pub fn has_private_memory(&self) -> bool {
+        self.memory_attributes & MEMORY_ATTRIBUTE_PRIVATE != 0
+    }
+
+    /// The most bits of a gpa that KVM takes for a memslot.
+    pub fn memslot_gpa_bits(&self) -> u32 {
+        if self.nested_paging { self.gpa_bits } else { SHADOWED_GPA_BITS }
+    }
+}
+
+/// The release that brought the pre-fault, whose capability says whether nested paging is in use.
+const PRE_FAULT: [u32; 3] = [6, 11, 0];
+/// `KVM_MEMORY_ATTRIBUTE_PRIVATE`.
+pub const MEMORY_ATTRIBUTE_PRIVATE: u64 = 1 << 3;
+
+/// Whether KVM uses nested paging, by its modules' own word; yes, where that cannot be read.
+fn has_nested_paging(kernel: &dyn Kernel) -> bool {
+    let parameters = ["kvm_intel/parameters/ept", "kvm_amd/parameters/npt"];
+    let read = |name| kernel.read_file(&format!("/sys/module/{name}")).ok();
+    !parameters.into_iter().filter_map(read).any(|value| matches!(value.trim(), "N" | "0"))
 }
 
 /// Whether a pre-fault hangs on this kernel when a slot's deletion has made the vCPU's page-table root obsolete:

@@ -1,6 +1,7 @@
 //! KVM's ioctls where the library does not know them: no capability is there, and the host stage remains.
 
 use super::{Errno, ExitRequest, Region, Sys};
+use crate::level::Level;
 use crate::range::Range;
 use std::os::fd::{OwnedFd, RawFd};
 
@@ -8,6 +9,11 @@ const UNKNOWN: Errno = Errno(libc::ENOTTY);
 
 /// No such quirk.
 pub const QUIRK_SLOT_ZAP_ALL: u64 = 0;
+
+/// Unknown; nothing here maps for a guest.
+pub fn largest_page() -> Level {
+    Level::G1
+}
 
 pub fn check_extension(_: RawFd, _: u32) -> Sys<u32> {
     Ok(0)

@@ -5,8 +5,8 @@
 
 use super::uapi::*;
 use super::{
-    Access, Errno, ExitRequest, FileKind, FileSize, Kernel, MappedObject, Mapping, Region, Stats, Sys, caps,
-    ioctls, maps,
+    Access, Errno, ExitRequest, FileId, FileKind, FileStatus, Kernel, MappedObject, Mapping, Region, Stats,
+    Sys, caps, ioctls, maps,
 };
 use crate::range::{HUGE, PAGE, Range};
 use libc::{c_int, c_void};
@@ -84,6 +84,31 @@ fn is_unknown(errno: Errno) -> bool {
     matches!(errno.0, libc::ENOTTY | libc::EINVAL | libc::ENOSYS)
 }
 
+/// Where user addresses end, as the kernel's own check has it: below 2^47 or 2^56 by the page tables in use, and some
+/// releases take more. The kernel is asked with a call that does nothing: mincore looks at its range by that very check
+/// first, and at where to write, which is here no address at all, next.
+fn user_addresses_end() -> u64 {
+    let is_user = |end: u64| {
+        // SAFETY: nothing is ever written to the last page of all, which no process has.
+        let answer = unsafe { libc::mincore(std::ptr::null_mut(), end as usize, -4096isize as *mut u8) };
+        check(answer) == Err(Errno(libc::EFAULT))
+    };
+    if !is_user(PAGE) {
+        return super::USER_ADDRESSES_END;
+    }
+    // Pages: `user` is taken, `beyond` is not.
+    let (mut user, mut beyond) = (1, u64::MAX / PAGE);
+    while beyond - user > 1 {
+        let middle = user + (beyond - user) / 2;
+        if is_user(middle * PAGE) {
+            user = middle;
+        } else {
+            beyond = middle;
+        }
+    }
+    user * PAGE
+}
+
 impl Linux {
     /// With the files of `/proc/self` open already, where they can be: a VMM may lose the right to them, or the sight
     /// of them, when it drops its privileges.
@@ -125,6 +150,7 @@ impl Linux {
         Ok(Some(Mapping {
             start: query.vma_start,
             end: query.vma_end,
+            offset: query.vma_offset,
             writable: query.vma_flags & PROCMAP_QUERY_VMA_WRITABLE != 0,
             shared: query.vma_flags & PROCMAP_QUERY_VMA_SHARED != 0,
             page_size: query.vma_page_size,
@@ -136,7 +162,10 @@ impl Linux {
         Ok(maps::parse(&self.read_file("/proc/self/maps")?))
     }
 
-    fn resident_by_scan(&self, pagemap: &File, start: u64, end: u64) -> Sys<Option<(u64, u64)>> {
+    /// The first run of pages in `[start, end)` of those categories: all of `mask`, but none of `without`, which it
+    /// holds too, and one of `any` at least.
+    fn scan(&self, start: u64, end: u64, mask: u64, without: u64, any: u64) -> Sys<Option<(u64, u64)>> {
+        let pagemap = self.pagemap.get_or_try_init(|| open("/proc/self/pagemap"))?;
         let mut region = page_region::default();
         let mut scan = pm_scan_arg {
             size: size_of::<pm_scan_arg>() as u64,
@@ -144,8 +173,9 @@ impl Linux {
             end,
             vec: std::ptr::from_mut(&mut region) as u64,
             vec_len: 1,
-            category_inverted: PAGE_IS_PFNZERO,
-            category_mask: PAGE_IS_PRESENT | PAGE_IS_PFNZERO,
+            category_inverted: without,
+            category_mask: mask,
+            category_anyof_mask: any,
             return_mask: PAGE_IS_PRESENT,
             ..Default::default()
         };
@@ -154,7 +184,16 @@ impl Linux {
         Ok((found > 0).then_some((region.start, region.end)))
     }
 
-    fn resident_by_pagemap(&self, pagemap: &File, start: u64, end: u64) -> Sys<Option<(u64, u64)>> {
+    /// The same, where not being able to tell is no error.
+    fn scan_if_known(&self, start: u64, end: u64, without: u64, any: u64) -> Sys<Option<(u64, u64)>> {
+        match self.scan(start, end, PAGE_IS_HUGE, without, any) {
+            Err(errno) if is_unknown(errno) => Ok(None),
+            answer => answer,
+        }
+    }
+
+    fn resident_by_pagemap(&self, start: u64, end: u64) -> Sys<Option<(u64, u64)>> {
+        let pagemap = self.pagemap.get_or_try_init(|| open("/proc/self/pagemap"))?;
         let mut run: Option<(u64, u64)> = None;
         let mut words = [0u64; 64];
         let mut at = start;
@@ -261,14 +300,30 @@ impl Kernel for Linux {
         })
     }
 
-    fn file_size(&self, fd: RawFd) -> Sys<FileSize> {
+    fn file_status(&self, fd: RawFd) -> Sys<FileStatus> {
         // SAFETY: fstat fills the structure, or fails and it is not read.
         let stat = unsafe {
             let mut stat: libc::stat = std::mem::zeroed();
             check(libc::fstat(fd, &mut stat))?;
             stat
         };
-        Ok(FileSize { length: stat.st_size as u64, allocated: stat.st_blocks as u64 * 512 })
+        Ok(FileStatus {
+            id: FileId { device: stat.st_dev, inode: stat.st_ino },
+            length: stat.st_size as u64,
+            allocated: stat.st_blocks as u64 * 512,
+        })
+    }
+
+    fn is_guest_memfd(&self, fd: RawFd) -> Option<bool> {
+        use std::io::Write;
+        let mut path = [0u8; 32];
+        write!(&mut path[..31], "/proc/self/fd/{fd}").ok()?;
+        let mut name = [0u8; MAPPING_NAME];
+        // SAFETY: `path` ends with a NUL, and `name` has room for what is asked.
+        let length = check(unsafe {
+            libc::readlink(path.as_ptr().cast(), name.as_mut_ptr().cast(), name.len()) as c_int
+        });
+        Some(maps::is_guest_memfd(&name[..length.ok()? as usize]))
     }
 
     fn mapping(&self, hva: u64) -> Sys<Option<Mapping>> {
@@ -286,11 +341,22 @@ impl Kernel for Linux {
     }
 
     fn resident(&self, start: u64, end: u64) -> Sys<Option<(u64, u64)>> {
-        let pagemap = self.pagemap.get_or_try_init(|| open("/proc/self/pagemap"))?;
-        match self.resident_by_scan(pagemap, start, end) {
-            Err(errno) if is_unknown(errno) => self.resident_by_pagemap(pagemap, start, end),
+        match self.scan(start, end, PAGE_IS_PRESENT | PAGE_IS_PFNZERO, PAGE_IS_PFNZERO, 0) {
+            Err(errno) if is_unknown(errno) => self.resident_by_pagemap(start, end),
             answer => answer,
         }
+    }
+
+    fn small_pages(&self, start: u64, end: u64) -> Sys<Option<(u64, u64)>> {
+        self.scan_if_known(start, end, PAGE_IS_HUGE, PAGE_IS_PRESENT | PAGE_IS_SWAPPED)
+    }
+
+    fn huge_pages(&self, start: u64, end: u64) -> Sys<Option<(u64, u64)>> {
+        self.scan_if_known(start, end, 0, PAGE_IS_PRESENT)
+    }
+
+    fn user_addresses_end(&self) -> u64 {
+        user_addresses_end()
     }
 
     fn cached(&self, hva: u64, size: u64) -> Sys<u64> {

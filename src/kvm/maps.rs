@@ -31,7 +31,7 @@ impl<'a> Mappings<'a> {
 pub fn object(name: &str, inode: u64, page_size: u64) -> MappedObject {
     if page_size > crate::range::PAGE || name.starts_with("/anon_hugepage") {
         MappedObject::Hugetlb
-    } else if name.contains("[kvm-gmem]") {
+    } else if is_guest_memfd(name.as_bytes()) {
         MappedObject::GuestMemfd
     } else if inode == 0 {
         MappedObject::Anonymous
@@ -41,6 +41,13 @@ pub fn object(name: &str, inode: u64, page_size: u64) -> MappedObject {
         MappedObject::File
     }
 }
+
+/// Whether that is how the kernel names a guest_memfd.
+pub fn is_guest_memfd(name: &[u8]) -> bool {
+    name.windows(GUEST_MEMFD_NAME.len()).any(|part| part == GUEST_MEMFD_NAME)
+}
+
+const GUEST_MEMFD_NAME: &[u8] = b"[kvm-gmem]";
 
 /// The mappings in the text of a maps file, in its order, which is that of their addresses.
 pub fn parse(text: &str) -> Vec<Mapping> {
@@ -57,12 +64,14 @@ fn parse_line(line: &str) -> Option<Mapping> {
     let mut fields = line.split_ascii_whitespace();
     let (start, end) = fields.next()?.split_once('-')?;
     let permissions = fields.next()?;
-    let inode = fields.nth(2)?.parse().ok()?;
+    let offset = u64::from_str_radix(fields.next()?, 16).ok()?;
+    let inode = fields.nth(1)?.parse().ok()?;
     let name = fields.next().unwrap_or("");
     let page_size = 0;
     Some(Mapping {
         start: u64::from_str_radix(start, 16).ok()?,
         end: u64::from_str_radix(end, 16).ok()?,
+        offset,
         writable: permissions.as_bytes().get(1) == Some(&b'w'),
         shared: permissions.as_bytes().get(3) == Some(&b's'),
         page_size,
@@ -92,6 +101,7 @@ mod tests {
         assert!(at(0x7f00_0000_3fff).shared && at(0x7f00_0000_3fff).writable);
         assert_eq!(at(0x7f00_0020_0000).object, MappedObject::Hugetlb);
         assert_eq!(at(0x7f00_0040_0000).object, MappedObject::File);
+        assert_eq!(at(0x7f00_0040_0000).offset, 0x1000);
         assert_eq!(at(0x7f00_0040_1000).object, MappedObject::GuestMemfd);
         assert_eq!(find(&all, 0x7f00_0040_2000), None);
     }

@@ -6,6 +6,7 @@
 
 mod linux;
 mod maps;
+mod smaps;
 mod stats;
 mod uapi;
 
@@ -24,6 +25,7 @@ pub mod caps;
 
 pub use linux::{Linux, block_asynchronous_signals};
 pub use maps::Mappings;
+pub use smaps::Smaps;
 pub use stats::Stats;
 
 use crate::range::Range;
@@ -52,6 +54,9 @@ pub const MEM_LOG_DIRTY_PAGES: u32 = 1 << 0;
 pub const MEM_READONLY: u32 = 1 << 1;
 /// `KVM_MEM_GUEST_MEMFD`.
 pub const MEM_GUEST_MEMFD: u32 = 1 << 2;
+
+/// Where user addresses end on x86-64 with four levels of page tables, less a guard page.
+pub const USER_ADDRESSES_END: u64 = (1 << 47) - crate::range::PAGE;
 
 /// A memory region as KVM takes it, in KVM's own encoding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,6 +108,8 @@ pub struct Mapping {
     pub start: u64,
     /// One past the last byte.
     pub end: u64,
+    /// Where in its file it begins, in bytes.
+    pub offset: u64,
     /// `PROT_WRITE`.
     pub writable: bool,
     /// `MAP_SHARED`.
@@ -122,9 +129,20 @@ pub struct FileKind {
     pub page_size: u64,
 }
 
-/// How large a file is.
+/// Which file it is, under however many descriptors: device and inode.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FileId {
+    /// The device.
+    pub device: u64,
+    /// The inode.
+    pub inode: u64,
+}
+
+/// Which file a descriptor is of, and how large it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FileSize {
+pub struct FileStatus {
+    /// Which.
+    pub id: FileId,
     /// Bytes to its end.
     pub length: u64,
     /// Bytes that it has been given, holes apart.
@@ -164,8 +182,12 @@ pub trait Kernel: Send + Sync {
     fn allocate(&self, fd: RawFd, offset: u64, size: u64) -> Sys<()>;
     /// What kind of file this is.
     fn file_kind(&self, fd: RawFd) -> Sys<FileKind>;
-    /// How large it is.
-    fn file_size(&self, fd: RawFd) -> Sys<FileSize>;
+    /// Which file it is and how large.
+    fn file_status(&self, fd: RawFd) -> Sys<FileStatus>;
+    /// Whether a descriptor is a guest_memfd; `None` where that cannot be seen. Allocates nothing.
+    fn is_guest_memfd(&self, _fd: RawFd) -> Option<bool> {
+        None
+    }
     /// The mapping at `hva`, or the next above it; `None` when there is none.
     fn mapping(&self, hva: u64) -> Sys<Option<Mapping>>;
     /// All mappings of this moment, in order, where that costs no more than one of them; `None` where
@@ -175,6 +197,20 @@ pub trait Kernel: Send + Sync {
     }
     /// The first run of pages in `[start, end)` that this process's page tables hold, zero page apart.
     fn resident(&self, start: u64, end: u64) -> Sys<Option<(u64, u64)>>;
+    /// The first run of pages in `[start, end)` that are in memory or swapped out and not mapped as a huge page: no
+    /// huge page will come where they are. `None` where there are none, or where the kernel cannot tell (before
+    /// Linux 6.7).
+    fn small_pages(&self, _start: u64, _end: u64) -> Sys<Option<(u64, u64)>> {
+        Ok(None)
+    }
+    /// The first run of pages in `[start, end)` that are mapped as huge pages; `None` likewise.
+    fn huge_pages(&self, _start: u64, _end: u64) -> Sys<Option<(u64, u64)>> {
+        Ok(None)
+    }
+    /// One past the last address of this process that the kernel takes for user memory (its `access_ok`).
+    fn user_addresses_end(&self) -> u64 {
+        USER_ADDRESSES_END
+    }
     /// How many bytes of a mapping's object are in memory, mapped here or not (`mincore`); at most 2 MiB.
     fn cached(&self, hva: u64, size: u64) -> Sys<u64>;
     /// What the kernel calls an open descriptor; `None` when that cannot be read.

@@ -172,7 +172,9 @@ const _: () = assert!(size_of::<procmap_query>() == 104);
 /// Linux 6.7, `<linux/fs.h>`: `_IOWR('f', 16, struct pm_scan_arg)`.
 pub const PAGEMAP_SCAN: c_ulong = 0xc060_6610;
 pub const PAGE_IS_PRESENT: u64 = 1 << 3;
+pub const PAGE_IS_SWAPPED: u64 = 1 << 4;
 pub const PAGE_IS_PFNZERO: u64 = 1 << 5;
+pub const PAGE_IS_HUGE: u64 = 1 << 6;
 
 #[repr(C)]
 #[derive(Default)]

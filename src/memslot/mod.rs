@@ -1,14 +1,20 @@
-//! Memslots: what a VMM says of one, and the record of all of a guest's.
+//! Memslots: what a VMM says of one, the rules for one among others, and what page sizes it can have.
 //!
-//! The record mirrors what the kernel was told and answers "what lies at this gpa". It makes no system call and
-//! knows nothing of populating.
+//! [`check`] has KVM's own rules, [`alignment`] the rules beyond them that decide on huge pages, [`prediction`] the page
+//! sizes that come of both and of the [`host`]'s memory. The record mirrors what the kernel was told and answers "what
+//! lies at this gpa". Nothing here changes anything in the kernel, or knows of populating.
 
+pub mod alignment;
+pub mod check;
+pub mod host;
+pub mod prediction;
 mod record;
+pub mod report;
 
 pub use record::SlotRecord;
 
 use crate::error::{Error, Reason, Result, Stage};
-use crate::kvm::{MEM_GUEST_MEMFD, MEM_LOG_DIRTY_PAGES, MEM_READONLY, MappedObject, Region};
+use crate::kvm::{FileId, Kernel, MEM_GUEST_MEMFD, MEM_LOG_DIRTY_PAGES, MEM_READONLY, MappedObject, Region};
 use crate::range::{Range, is_page_aligned};
 use std::os::fd::RawFd;
 
@@ -18,6 +24,11 @@ pub type SlotId = u32;
 /// The address space a slot belongs to.
 pub fn address_space(slot: SlotId) -> u32 {
     slot >> 16
+}
+
+/// A slot's number in its address space.
+pub fn slot_number(slot: SlotId) -> u32 {
+    slot & 0xffff
 }
 
 /// What lies behind a slot's memory, and whether writes to it reach that or a private copy.
@@ -84,6 +95,11 @@ impl Memslot {
         Range::new(self.region.gpa, self.region.size)
     }
 
+    /// The address in this process of a gpa in it.
+    pub fn hva_of(&self, gpa: u64) -> u64 {
+        self.region.hva + (gpa - self.region.gpa)
+    }
+
     /// The guest memory that it has in `host`, a range of this process's.
     pub fn gpas_of(&self, host: Range) -> Option<Range> {
         let part = Range::new(self.region.hva, self.region.size)?.intersect(&host)?;
@@ -105,52 +121,68 @@ impl Memslot {
         self.region.flags & MEM_GUEST_MEMFD != 0
     }
 
-    /// Looks for plain mistakes, those that need no other slot to be seen.
+    /// Looks for plain mistakes, those that need neither another slot nor the kernel to be seen.
     pub fn check(&self, gpa_bits: u32) -> Result<()> {
-        let region = &self.region;
-        let wrong =
-            |reason, message: String| Error::invalid(reason, message).stage(Stage::Memslot).slot(region.slot);
-        if region.flags & !(MEM_READONLY | MEM_LOG_DIRTY_PAGES | MEM_GUEST_MEMFD) != 0 {
-            return Err(wrong(
-                Reason::UnknownFlags,
-                format!("memslot flags {:#x} are not all known", region.flags),
-            )
-            .hint("use KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY and KVM_MEM_GUEST_MEMFD only"));
+        let check = || {
+            self.check_flags()?;
+            self.check_form()?;
+            if self.has_guest_memfd() && self.region.size != 0 && self.region.guest_memfd < 0 {
+                let fd = self.region.guest_memfd;
+                return Err(Error::new(
+                    libc::EBADF,
+                    Reason::BadFd,
+                    format!("guest_memfd is {fd}, which is no descriptor"),
+                )
+                .hint("pass what KVM_CREATE_GUEST_MEMFD returned"));
+            }
+            self.range().map_or(Ok(()), |range| check_guest_width(range, gpa_bits))
+        };
+        check().map_err(|error| error.stage(Stage::Memslot).slot(self.id()))
+    }
+
+    /// Refuses flags that nobody knows.
+    fn check_flags(&self) -> Result<()> {
+        let flags = self.region.flags;
+        if flags & !(MEM_READONLY | MEM_LOG_DIRTY_PAGES | MEM_GUEST_MEMFD) == 0 {
+            return Ok(());
         }
-        let unaligned = |what: &str, value: u64| {
-            wrong(
+        Err(Error::invalid(Reason::UnknownFlags, format!("memslot flags {flags:#x} are not all known"))
+            .hint("use KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY and KVM_MEM_GUEST_MEMFD only"))
+    }
+
+    /// Refuses what is not aligned or wraps.
+    fn check_form(&self) -> Result<()> {
+        let region = &self.region;
+        let offset = if self.has_guest_memfd() { region.guest_memfd_offset } else { 0 };
+        let places = [("gpa", region.gpa), ("hva", region.hva), ("guest_memfd offset", offset)];
+        let unaligned = places.into_iter().chain([("size", region.size)]).find(|(_, v)| !is_page_aligned(*v));
+        if let Some((what, value)) = unaligned {
+            return Err(Error::invalid(
                 Reason::RangeUnaligned,
                 format!("memslot {what} {value:#x} is not a multiple of 4096 bytes"),
             )
-            .hint("align the slot's gpa, hva, size and guest_memfd offset to 4096 bytes")
-        };
-        for (what, value) in [("size", region.size), ("gpa", region.gpa), ("hva", region.hva)] {
-            if !is_page_aligned(value) {
-                return Err(unaligned(what, value));
-            }
+            .hint("align the slot's gpa, hva, size and guest_memfd offset to 4096 bytes"));
         }
-        if self.has_guest_memfd() && !is_page_aligned(region.guest_memfd_offset) {
-            return Err(unaligned("guest_memfd offset", region.guest_memfd_offset));
-        }
-        if region.size == 0 {
-            return Ok(());
-        }
-        let overflows = |what: &str, start: u64| {
-            wrong(
+        let wrapping = places.into_iter().find(|(_, start)| start.checked_add(region.size).is_none());
+        if let Some((what, start)) = wrapping {
+            return Err(Error::invalid(
                 Reason::RangeOverflow,
                 format!("memslot {what} {start:#x} plus size {:#x} wraps", region.size),
             )
-            .hint("check where the slot's start and size come from")
-        };
-        let Some(range) = self.range() else { return Err(overflows("gpa", region.gpa)) };
-        if region.hva.checked_add(region.size).is_none() {
-            return Err(overflows("hva", region.hva));
+            .hint("check where the slot's start and size come from"));
         }
-        if self.has_guest_memfd() && region.guest_memfd_offset.checked_add(region.size).is_none() {
-            return Err(overflows("guest_memfd offset", region.guest_memfd_offset));
-        }
-        check_guest_width(range, gpa_bits).map_err(|error| error.stage(Stage::Memslot).slot(region.slot))
+        Ok(())
     }
+}
+
+/// The slots of a VM, as far as a new one is to be held against them.
+pub trait Slots {
+    /// The slot of that number.
+    fn slot(&self, id: SlotId) -> Option<Memslot>;
+    /// A slot of the same address space, but for `id` itself, that has something of `range`, and where it lies.
+    fn overlapping(&self, range: Range, id: SlotId) -> Option<(SlotId, Range)>;
+    /// A slot that is bound to something of that part of a guest_memfd.
+    fn bound(&self, kernel: &dyn Kernel, file: FileId, part: Range) -> Option<SlotId>;
 }
 
 /// Checks that `range` lies below the guest's address width.

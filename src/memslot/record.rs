@@ -2,8 +2,8 @@
 //!
 //! It says what is; whether a change is wise is for others. A change is refused whole or made whole.
 
-use super::{Memslot, SlotId, address_space};
-use crate::error::{Error, Reason, Result, Stage};
+use super::{Memslot, SlotId, Slots, address_space};
+use crate::kvm::{FileId, Kernel};
 use crate::range::Range;
 use std::collections::BTreeMap;
 
@@ -13,6 +13,8 @@ pub struct SlotRecord {
     by_id: BTreeMap<SlotId, Entry>,
     /// (address space, first byte) to slot: no two slots of an address space overlap.
     by_place: BTreeMap<(u32, u64), SlotId>,
+    /// (guest_memfd, first byte of it) to slot: no byte is bound to two slots.
+    by_binding: BTreeMap<(FileId, u64), SlotId>,
     /// How many slots are changing.
     changing: usize,
 }
@@ -21,6 +23,8 @@ pub struct SlotRecord {
 struct Entry {
     slot: Memslot,
     range: Range,
+    /// Its guest_memfd, where that could be told when it was put in.
+    file: Option<FileId>,
     changing: bool,
 }
 
@@ -70,34 +74,23 @@ impl SlotRecord {
             .map(|entry| (entry.range, &entry.slot))
     }
 
-    /// Whether `slot` could be put in: an overlap with another slot is an error that names it.
-    pub fn check_room(&self, slot: &Memslot) -> Result<()> {
-        let Some(range) = slot.range() else { return Ok(()) };
-        let other = self.touching(address_space(slot.id()), range).find(|(_, other)| other.id() != slot.id());
-        let Some((place, other)) = other else { return Ok(()) };
-        Err(Error::new(
-            libc::EEXIST,
-            Reason::MemslotOverlap,
-            format!("memslot {:#x} at {range} overlaps memslot {:#x} at {place}", slot.id(), other.id()),
-        )
-        .stage(Stage::Memslot)
-        .slot(slot.id())
-        .other_slot(other.id())
-        .range(range)
-        .hint("delete or move the other slot first, and note it (kvmprep_memslot_note)"))
-    }
-
-    /// Puts `slot` in, in place of the one with its number; one without size takes that one out. The caller has
-    /// checked for room. Returns what was there.
-    pub fn replace(&mut self, slot: &Memslot) -> Option<Memslot> {
+    /// Puts `slot` in, in place of the one with its number; one without size takes that one out. `file` is its
+    /// guest_memfd. The caller has checked for room. Returns what was there.
+    pub fn replace(&mut self, slot: &Memslot, file: Option<FileId>) -> Option<Memslot> {
         let old = self.by_id.remove(&slot.id());
         if let Some(old) = &old {
             self.changing -= usize::from(old.changing);
             self.by_place.remove(&(address_space(slot.id()), old.range.start));
+            if let Some(file) = old.file {
+                self.by_binding.remove(&(file, old.slot.region.guest_memfd_offset));
+            }
         }
         if let Some(range) = slot.range() {
-            self.by_id.insert(slot.id(), Entry { slot: *slot, range, changing: false });
+            self.by_id.insert(slot.id(), Entry { slot: *slot, range, file, changing: false });
             self.by_place.insert((address_space(slot.id()), range.start), slot.id());
+            if let Some(file) = file {
+                self.by_binding.insert((file, slot.region.guest_memfd_offset), slot.id());
+            }
         }
         old.map(|entry| entry.slot)
     }
@@ -108,11 +101,30 @@ impl SlotRecord {
     }
 }
 
+impl Slots for SlotRecord {
+    fn slot(&self, id: SlotId) -> Option<Memslot> {
+        self.get(id).copied()
+    }
+
+    fn overlapping(&self, range: Range, id: SlotId) -> Option<(SlotId, Range)> {
+        let mut others = self.touching(address_space(id), range).filter(|(_, other)| other.id() != id);
+        others.next().map(|(place, other)| (other.id(), place))
+    }
+
+    fn bound(&self, _: &dyn Kernel, file: FileId, part: Range) -> Option<SlotId> {
+        // No two of a file overlap: only the last that begins before the part's end can reach into it.
+        let (_, id) = self.by_binding.range((file, 0)..(file, part.end)).next_back()?;
+        let region = self.by_id.get(id)?.slot.region;
+        Range::new(region.guest_memfd_offset, region.size)?.overlaps(&part).then_some(*id)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::kvm::Region;
     use crate::memslot::Nature;
+    use crate::memslot::check::check_overlap;
 
     fn slot(id: SlotId, gpa: u64, size: u64) -> Memslot {
         Memslot {
@@ -132,8 +144,8 @@ mod tests {
             slot(2, 0x8000, 0x1000),
             slot(0x10001, 0x1000, 0x1000),
         ] {
-            record.check_room(&s).unwrap();
-            record.replace(&s);
+            check_overlap(&record, &s).unwrap();
+            record.replace(&s, None);
         }
         let touching =
             |start, end| record.touching(0, Range { start, end }).map(|(_, s)| s.id()).collect::<Vec<_>>();
@@ -146,18 +158,18 @@ mod tests {
     #[test]
     fn an_overlap_names_the_other_slot_and_changes_nothing() {
         let mut record = SlotRecord::default();
-        record.replace(&slot(7, 0x1000, 0x2000));
-        let error = record.check_room(&slot(8, 0x2000, 0x1000)).unwrap_err();
+        record.replace(&slot(7, 0x1000, 0x2000), None);
+        let error = check_overlap(&record, &slot(8, 0x2000, 0x1000)).unwrap_err();
         assert_eq!((error.errno, error.slot, error.other_slot), (libc::EEXIST, Some(8), Some(7)));
-        record.check_room(&slot(7, 0x2000, 0x1000)).unwrap();
-        record.check_room(&slot(0x10008, 0x2000, 0x1000)).unwrap();
+        check_overlap(&record, &slot(7, 0x2000, 0x1000)).unwrap();
+        check_overlap(&record, &slot(0x10008, 0x2000, 0x1000)).unwrap();
     }
 
     #[test]
     fn a_slot_without_size_takes_the_old_one_out() {
         let mut record = SlotRecord::default();
-        record.replace(&slot(7, 0x1000, 0x2000));
-        assert_eq!(record.replace(&slot(7, 0, 0)).unwrap().region.size, 0x2000);
+        record.replace(&slot(7, 0x1000, 0x2000), None);
+        assert_eq!(record.replace(&slot(7, 0, 0), None).unwrap().region.size, 0x2000);
         assert!(record.get(7).is_none());
         assert_eq!(record.of_address_space(0).count(), 0);
     }

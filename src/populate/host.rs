@@ -145,7 +145,8 @@ impl HugePages {
     /// Whether an EFAULT at `range` is for want of pages. It comes of a file that is too short, too: the file's
     /// size decides where there is a descriptor, else whether the pool has a page that nobody has reserved.
     fn are_short(&self, kernel: &dyn Kernel, segment: &Segment, range: Range) -> bool {
-        let file = segment.offset_of(range.start).and_then(|(fd, at)| Some((kernel.file_size(fd).ok()?, at)));
+        let file =
+            segment.offset_of(range.start).and_then(|(fd, at)| Some((kernel.file_status(fd).ok()?, at)));
         match file {
             Some((file, at)) => at.saturating_add(range.size()) <= file.length,
             None => self.free.zip(self.reserved).is_none_or(|(free, reserved)| free <= reserved),

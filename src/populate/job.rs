@@ -4,6 +4,7 @@
 //! caller's own or those the caller asks for; it never takes one by itself.
 
 use super::coverage::Table;
+use super::exact;
 use super::plan::{HostMethod, Intent, Plan, Segment, Wish};
 use super::queue::Queue;
 use super::report::{Counters, pages_by_level};
@@ -45,6 +46,8 @@ pub struct Options {
     pub skip_covered: bool,
     /// Fill stage 2 of dirty-logged slots too.
     pub dirty_logged_too: bool,
+    /// Refuse ranges at whose edges KVM may map beyond them.
+    pub exact: bool,
     /// How long it may take.
     pub timeout: Option<Duration>,
 }
@@ -120,14 +123,20 @@ impl Job {
             intent: options.intent,
             stage2: has_stage2 && !options.host_only,
             dirty_logged_too: options.dirty_logged_too,
-            has_private_memory: vm.caps()?.memory_attributes != 0,
+            has_private_memory: vm.caps()?.has_private_memory(),
         };
         let (slots, plan) = loop {
             let (slots, changes) = {
                 let memory = vm.memory();
                 (memory.slots.clone(), memory.changes)
             };
-            match Plan::new(&*kernel, &slots, asked, wish) {
+            let plan = Plan::new(&*kernel, &slots, asked, wish).and_then(|plan| {
+                if options.exact && wish.stage2 {
+                    exact::check(&*kernel, vm.caps()?, &slots, asked)?;
+                }
+                Ok(plan)
+            });
+            match plan {
                 Ok(plan) => break (slots, plan),
                 // What was announced meanwhile may be gone already, and is not what is to be planned.
                 Err(_) if vm.memory().changes != changes => {}

@@ -5,6 +5,7 @@
 //! what huge pages there are. Nothing in here starts without being asked to.
 
 pub mod coverage;
+pub mod exact;
 pub mod host;
 pub mod job;
 pub mod page_size;

@@ -172,7 +172,7 @@ impl Plan {
         }
         let mut at = part.start;
         while let Some(rest) = Range::between(at, part.end) {
-            let hva = slot.region.hva + (at - slot.region.gpa);
+            let hva = slot.hva_of(at);
             let mapping = host
                 .mappings
                 .at(hva)

@@ -66,7 +66,7 @@ fn present(kernel: &dyn Kernel, segment: &Segment) -> u64 {
     let is_of_file = segment.backing.shared || segment.access == Access::Read;
     if is_of_file && segment.backing.object == MappedObject::Hugetlb {
         // What another process or an fallocate has filled, only the file can tell: mincore looks at page tables.
-        let size = segment.offset_of(segment.range.start).and_then(|(fd, _)| kernel.file_size(fd).ok());
+        let size = segment.offset_of(segment.range.start).and_then(|(fd, _)| kernel.file_status(fd).ok());
         return size.map_or(segment.range.size(), |size| size.allocated);
     }
     // A read maps what the file has in memory; only a write makes a private copy.

@@ -6,7 +6,8 @@
 #![allow(dead_code, reason = "each user needs a part")]
 
 use kvmprep::kvm::{
-    Access, Errno, ExitRequest, FileKind, FileSize, Kernel, MappedObject, Mapping, Region, Stats, Sys,
+    Access, Errno, ExitRequest, FileId, FileKind, FileStatus, Kernel, MappedObject, Mapping, Region, Stats,
+    Sys,
 };
 use kvmprep::range::{PAGE, Range, RangeSet};
 use std::collections::BTreeMap;
@@ -48,7 +49,7 @@ pub struct Fake {
     pub files: BTreeMap<String, String>,
     /// Every open file's kind and size.
     pub file_kind: FileKind,
-    pub file_size: FileSize,
+    pub file_status: FileStatus,
     /// Bytes in memory of whatever is mapped from a file, from its first on.
     pub cached: u64,
     /// Whether KVM_PRE_FAULT_MEMORY is claimed.
@@ -82,6 +83,7 @@ impl Fake {
             mappings: Mutex::new(vec![Mapping {
                 start: mapped.start,
                 end: mapped.end,
+                offset: 0,
                 writable: true,
                 shared: false,
                 page_size: PAGE,
@@ -90,7 +92,7 @@ impl Fake {
             has_no_query: false,
             files: BTreeMap::new(),
             file_kind: FileKind { object: MappedObject::Shmem, page_size: PAGE },
-            file_size: FileSize { length: u64::MAX, allocated: 0 },
+            file_status: FileStatus { id: FileId::default(), length: u64::MAX, allocated: 0 },
             cached: u64::MAX,
             has_pre_fault: true,
             step: u64::MAX,
@@ -138,6 +140,8 @@ impl Kernel for Fake {
         Ok(match capability {
             236 => self.has_pre_fault.into(),
             213 => u32::MAX,
+            10 => 32764,
+            118 => 2,
             _ => 1,
         })
     }
@@ -192,8 +196,8 @@ impl Kernel for Fake {
         Ok(self.file_kind)
     }
 
-    fn file_size(&self, _: RawFd) -> Sys<FileSize> {
-        Ok(self.file_size)
+    fn file_status(&self, _: RawFd) -> Sys<FileStatus> {
+        Ok(self.file_status)
     }
 
     fn mapping(&self, hva: u64) -> Sys<Option<Mapping>> {

@@ -15,7 +15,7 @@ pub fn generate() -> Result<String> {
     let config = cbindgen::Config::from_file(project::root().join("cbindgen.toml"))
         .map_err(|error| anyhow::anyhow!("cbindgen.toml: {error}"))?;
     // File by file, in the order of reading; what else the crate holds is not C's.
-    let sections = ["error", "caps", "vm", "populate", "job"];
+    let sections = ["error", "caps", "vm", "memslot", "populate", "job"];
     let files = sections.map(|name| project::root().join(format!("src/abi/{name}.rs")));
     let builder = files.iter().fold(cbindgen::Builder::new().with_config(config), |b, file| b.with_src(file));
     let bindings = builder.generate()?;

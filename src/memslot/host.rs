@@ -1,0 +1,242 @@
+//! What page sizes the memory behind a slot can give: this process's mappings, as the kernel tells of them.
+//!
+//! It says what a population would find: pages that are there as they are, and for what is not there yet the size that
+//! the kernel would choose. It asks and changes nothing. A promise it is not: the kernel may find no huge page free.
+
+use super::prediction::Limit;
+use super::{Backing, Memslot};
+use crate::error::{Error, Result};
+use crate::kvm::{Errno, Kernel, MappedObject, Mapping, Mappings, Smaps, Sys};
+use crate::level::Level;
+use crate::range::Range;
+
+/// A stretch of this process's memory whose pages are of one size at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// Addresses of this process.
+    pub range: Range,
+    /// The largest page. Where it is smaller than a frame, a frame may still not lie in the run as a whole.
+    pub level: Level,
+    /// Why it is not larger.
+    pub limit: Limit,
+}
+
+/// The memory behind a slot, or a part of it, by place. What lies between is not mapped.
+#[derive(Clone, Debug, Default)]
+pub struct HostMemory {
+    runs: Vec<Run>,
+}
+
+/// Whoever asks about one slot's memory, on one occasion.
+struct Survey<'a> {
+    kernel: &'a dyn Kernel,
+    smaps: Smaps<'a>,
+    backing: Option<Backing>,
+    runs: Vec<Run>,
+}
+
+/// What the kernel would do for a mapping with transparent huge pages.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Policy {
+    Always,
+    Advised,
+    Never,
+}
+
+/// What kind of memory lies behind a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kind {
+    /// What it is; memory that is not mapped counts as anonymous.
+    pub object: MappedObject,
+    /// The largest page that memory of this kind has, whatever its state is now.
+    pub largest: Level,
+    /// Whether a guest_memfd is mapped there.
+    pub is_guest_memfd: bool,
+}
+
+/// What lies behind `slot` at `hva`: by the VMM's word, else by the kernel's.
+pub fn kind(kernel: &dyn Kernel, slot: &Memslot, hva: u64) -> Result<Kind> {
+    let mappings = Mappings::now(kernel).map_err(looking_up)?;
+    let mapping = mappings.at(hva).map_err(looking_up)?.filter(|mapping| mapping.start <= hva);
+    let found = mapping.map(|mapping| mapping.object);
+    let object = slot.backing.map(|backing| backing.object).or(found).unwrap_or(MappedObject::Anonymous);
+    let largest = match object {
+        MappedObject::Anonymous | MappedObject::Shmem => Level::M2,
+        MappedObject::Hugetlb => {
+            mapping.map_or(Level::M2, |mapping| hugetlb_level(&Smaps::new(kernel), &mapping))
+        }
+        MappedObject::File | MappedObject::GuestMemfd => Level::K4,
+    };
+    Ok(Kind { object, largest, is_guest_memfd: found == Some(MappedObject::GuestMemfd) })
+}
+
+fn hugetlb_level(smaps: &Smaps<'_>, mapping: &Mapping) -> Level {
+    let size = match mapping.page_size {
+        0 => smaps.at(mapping.start).map_or(Level::M2.bytes(), |entry| entry.page_size),
+        size => size,
+    };
+    Level::within(size)
+}
+
+fn looking_up(errno: Errno) -> Error {
+    Error::kernel(errno, "looking up the slot's mapping")
+}
+
+impl HostMemory {
+    /// Looks at `part` of this process's memory, which lies behind `slot`.
+    pub fn survey(kernel: &dyn Kernel, slot: &Memslot, part: Range) -> Result<Self> {
+        let mappings = Mappings::now(kernel).map_err(looking_up)?;
+        let mut survey =
+            Survey { kernel, smaps: Smaps::new(kernel), backing: slot.backing, runs: Vec::new() };
+        let mut at = part.start;
+        while at < part.end {
+            let Some(mapping) = mappings.at(at).map_err(looking_up)? else { break };
+            let whole = Range { start: mapping.start, end: mapping.end };
+            let Some(found) = whole.intersect(&part) else { break };
+            survey.add(&mapping, found).map_err(looking_up)?;
+            at = mapping.end;
+        }
+        Ok(Self { runs: survey.runs })
+    }
+
+    /// The run that holds `hva`.
+    pub fn at(&self, hva: u64) -> Option<&Run> {
+        self.runs.get(self.index(hva)).filter(|run| run.range.start <= hva)
+    }
+
+    /// Where the run that holds `hva`, or the gap, ends; `None` when nothing comes behind.
+    pub fn end_at(&self, hva: u64) -> Option<u64> {
+        let run = self.runs.get(self.index(hva))?;
+        Some(if run.range.start <= hva { run.range.end } else { run.range.start })
+    }
+
+    fn index(&self, hva: u64) -> usize {
+        self.runs.partition_point(|run| run.range.end <= hva)
+    }
+}
+
+impl Survey<'_> {
+    fn add(&mut self, mapping: &Mapping, found: Range) -> Sys<()> {
+        let object = self.backing.map_or(mapping.object, |backing| backing.object);
+        let shared = self.backing.map_or(mapping.shared, |backing| backing.shared);
+        let whole = |level, limit| Run { range: found, level, limit };
+        match object {
+            MappedObject::Hugetlb => {
+                let level = hugetlb_level(&self.smaps, mapping);
+                self.runs.push(whole(level, Limit::Backing));
+            }
+            MappedObject::GuestMemfd => {
+                self.runs.push(whole(Level::K4, Limit::GuestMemfd));
+            }
+            MappedObject::Anonymous => {
+                let limit = self.anonymous_limit(mapping);
+                self.add_transparent(found, limit)?;
+            }
+            MappedObject::Shmem if shared => {
+                let limit = self.shmem_limit(mapping);
+                self.add_transparent(found, limit)?;
+            }
+            // Private copies are made page by page.
+            MappedObject::Shmem | MappedObject::File => self.add_transparent(found, Some(Limit::Backing))?,
+        }
+        Ok(())
+    }
+
+    /// Memory that has huge pages where the kernel so decides: what is there is as it is, and the rest will be of 2 MiB
+    /// unless there is a limit.
+    fn add_transparent(&mut self, found: Range, limit: Option<Limit>) -> Sys<()> {
+        let mut at = found.start;
+        while let Some(rest) = Range::between(at, found.end) {
+            // Where huge pages will come, look for small ones that stand in their way; else for huge ones that are there.
+            let exception = match limit {
+                None => self.kernel.small_pages(rest.start, rest.end)?,
+                Some(_) => self.kernel.huge_pages(rest.start, rest.end)?,
+            };
+            let Some(exception) = exception.and_then(|(start, end)| around(start, end).intersect(&rest))
+            else {
+                self.push(rest, limit);
+                break;
+            };
+            if let Some(before) = Range::between(at, exception.start) {
+                self.push(before, limit);
+            }
+            self.push(exception, if limit.is_none() { Some(Limit::Resident) } else { None });
+            at = exception.end;
+        }
+        Ok(())
+    }
+
+    /// Adds memory that has pages of 2 MiB, or for that reason not.
+    fn push(&mut self, range: Range, limit: Option<Limit>) {
+        let (level, limit) = limit.map_or((Level::M2, Limit::Backing), |limit| (Level::K4, limit));
+        match self.runs.last_mut() {
+            Some(last) if last.range.end == range.start && (last.level, last.limit) == (level, limit) => {
+                last.range.end = range.end;
+            }
+            _ => self.runs.push(Run { range, level, limit }),
+        }
+    }
+
+    /// Why anonymous memory that is not there yet will not come in huge pages.
+    fn anonymous_limit(&self, mapping: &Mapping) -> Option<Limit> {
+        let own = self.setting("hugepages-2048kB/enabled");
+        let policy = match own.as_deref() {
+            None | Some("inherit") => self.setting("enabled"),
+            own => own.map(str::to_string),
+        };
+        let policy = match policy.as_deref() {
+            Some("always") => Policy::Always,
+            Some("madvise") => Policy::Advised,
+            _ => Policy::Never,
+        };
+        self.limit_of(policy, mapping).or_else(|| self.is_disabled_by_prctl().then_some(Limit::NoThp))
+    }
+
+    /// The same of shared memory.
+    fn shmem_limit(&self, mapping: &Mapping) -> Option<Limit> {
+        let own = self.setting("hugepages-2048kB/shmem_enabled");
+        let policy = match own.as_deref() {
+            None | Some("inherit") => self.setting("shmem_enabled"),
+            own => own.map(str::to_string),
+        };
+        let policy = match policy.as_deref() {
+            Some("always" | "within_size" | "force") => Policy::Always,
+            Some("advise") => Policy::Advised,
+            _ => Policy::Never,
+        };
+        // A huge page of the file must be one of the address space too.
+        let is_congruent = Level::M2.is_aligned(mapping.start.wrapping_sub(mapping.offset));
+        let limit = self.limit_of(policy, mapping);
+        limit.or_else(|| (!is_congruent).then_some(Limit::Backing))
+    }
+
+    fn limit_of(&self, policy: Policy, mapping: &Mapping) -> Option<Limit> {
+        if policy == Policy::Never {
+            return Some(Limit::NoThp);
+        }
+        match (policy, self.smaps.at(mapping.start).and_then(|entry| entry.huge_advice)) {
+            (_, Some(false)) => Some(Limit::NoThp),
+            (Policy::Advised, None) => Some(Limit::Advice),
+            _ => None,
+        }
+    }
+
+    /// The chosen one of a setting's words.
+    fn setting(&self, name: &str) -> Option<String> {
+        let text = self.kernel.read_file(&format!("/sys/kernel/mm/transparent_hugepage/{name}")).ok()?;
+        let (_, rest) = text.split_once('[')?;
+        Some(rest.split_once(']')?.0.to_string())
+    }
+
+    /// `PR_SET_THP_DISABLE`.
+    fn is_disabled_by_prctl(&self) -> bool {
+        let status = self.kernel.read_file("/proc/self/status").unwrap_or_default();
+        status.lines().any(|line| line.split_ascii_whitespace().eq(["THP_enabled:", "0"]))
+    }
+}
+
+/// The whole frames of 2 MiB that a run of pages touches.
+fn around(start: u64, end: u64) -> Range {
+    let first = start - Level::M2.remainder(start);
+    Range { start: first, end: end.checked_next_multiple_of(Level::M2.bytes()).unwrap_or(end) }
+}

@@ -1,0 +1,289 @@
+//! How large the pages will be with which KVM maps a slot, and why they are not larger.
+//!
+//! What is allowed follows from the slot alone: KVM's lpage rules (kvm_alloc_memslot_metadata and
+//! kvm_mmu_hugepage_adjust), dirty logging, memory attributes, guest_memfd. What is to be expected follows from that
+//! and from the memory behind the slot. It is arithmetic over stretches of memory that are alike, never page by page.
+
+use super::host::{HostMemory, Kind};
+use super::{Memslot, alignment};
+use crate::kvm::caps::largest_page;
+use crate::level::Level;
+use crate::range::{PAGE, Range, RangeSet};
+
+/// Why a page is not of a larger size. The numbers are C's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Limit {
+    /// It is.
+    #[default]
+    None = 0,
+    /// The slot does not hold the larger page as a whole: its head or tail.
+    Edges = 1,
+    /// The gpa and the hva differ modulo the larger page.
+    Congruence = 2,
+    /// Writes are logged.
+    DirtyLogging = 3,
+    /// guest_memfd has pages of 4 KiB.
+    GuestMemfd = 4,
+    /// Some of the larger page is private, some shared.
+    Attributes = 5,
+    /// What is mapped has no larger pages.
+    Backing = 6,
+    /// Huge pages come only where they are advised.
+    Advice = 7,
+    /// Huge pages are off.
+    NoThp = 8,
+    /// The mapping does not hold the larger page as a whole.
+    MappingEdges = 9,
+    /// Smaller pages are there already.
+    Resident = 10,
+    /// Nothing is mapped.
+    NotMapped = 11,
+    /// The processor's nested paging has no such size.
+    Cpu = 12,
+}
+
+/// How many limits there are.
+const LIMITS: usize = 13;
+
+/// Mappings by their size.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Of 4 KiB.
+    pub k4: u64,
+    /// Of 2 MiB.
+    pub m2: u64,
+    /// Of 1 GiB.
+    pub g1: u64,
+}
+
+impl Counts {
+    fn add(&mut self, level: Level, n: u64) {
+        *match level {
+            Level::K4 => &mut self.k4,
+            Level::M2 => &mut self.m2,
+            Level::G1 => &mut self.g1,
+        } += n;
+    }
+}
+
+/// The limit that costs most, with how many bytes it concerns.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cost {
+    /// Why.
+    pub limit: Limit,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+/// What is predicted of some memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Prediction {
+    /// What KVM's rules allow.
+    pub allowed: Counts,
+    /// What will come, by the memory behind it.
+    pub expected: Counts,
+    /// Why not all of it is in pages of 2 MiB or more.
+    pub below_2m: Cost,
+    /// Why not all of it is in pages of 1 GiB.
+    pub below_1g: Cost,
+}
+
+/// What decides on a slot's page sizes, apart from the memory behind it.
+#[derive(Clone, Copy, Debug)]
+pub struct Terms<'a> {
+    /// The slot.
+    pub slot: &'a Memslot,
+    /// What of the guest's memory is private.
+    pub private: &'a RangeSet,
+    /// The largest page of the processor's nested paging.
+    pub largest: Level,
+    /// A guest_memfd serves shared accesses too.
+    pub gmem_serves_all: bool,
+}
+
+/// Predicts the mappings of `range`, a part of the slot.
+pub fn predict(terms: &Terms<'_>, range: Range, memory: &HostMemory) -> Prediction {
+    let (allowed, _) = Walk { terms, memory: None, range }.count();
+    let (expected, costs) = Walk { terms, memory: Some(memory), range }.count();
+    let worst = |level: Level| {
+        let costs = &costs[level as usize];
+        let index = (0..LIMITS).max_by_key(|index| (costs[*index], LIMITS - index)).unwrap_or(0);
+        Cost { limit: ALL[index], bytes: costs[index] }
+    };
+    Prediction { allowed, expected, below_2m: worst(Level::M2), below_1g: worst(Level::G1) }
+}
+
+const ALL: [Limit; LIMITS] = [
+    Limit::None,
+    Limit::Edges,
+    Limit::Congruence,
+    Limit::DirtyLogging,
+    Limit::GuestMemfd,
+    Limit::Attributes,
+    Limit::Backing,
+    Limit::Advice,
+    Limit::NoThp,
+    Limit::MappingEdges,
+    Limit::Resident,
+    Limit::NotMapped,
+    Limit::Cpu,
+];
+
+/// Bytes by limit, for each level that they are below of.
+type Costs = [[u64; LIMITS]; 3];
+
+impl<'a> Terms<'a> {
+    /// Of `slot`, behind which lies memory of that kind, on this processor.
+    pub fn new(slot: &'a Memslot, private: &'a RangeSet, kind: &Kind) -> Self {
+        let gmem_serves_all = slot.has_guest_memfd() && kind.is_guest_memfd;
+        Self { slot, private, largest: largest_page(), gmem_serves_all }
+    }
+
+    /// Why the page at `gpa` cannot be mapped as a part of a larger one, as far as the slot decides.
+    fn limit(&self, gpa: u64, level: Level) -> Option<Limit> {
+        let slot = self.slot;
+        if slot.is_dirty_logged() {
+            return Some(Limit::DirtyLogging);
+        }
+        if self.gmem_serves_all || self.is_private(gpa) {
+            return Some(Limit::GuestMemfd);
+        }
+        if alignment::hva_shift(&slot.region, level) != 0 {
+            return Some(Limit::Congruence);
+        }
+        let frame = level.frame(gpa).filter(|frame| slot.range().is_some_and(|range| range.contains(frame)));
+        let Some(frame) = frame else { return Some(Limit::Edges) };
+        if self.private.within(frame).next().is_some() {
+            return Some(Limit::Attributes);
+        }
+        (level > self.largest).then_some(Limit::Cpu)
+    }
+
+    fn is_private(&self, gpa: u64) -> bool {
+        self.slot.has_guest_memfd()
+            && self.private.within(Range { start: gpa, end: gpa + 1 }).next().is_some()
+    }
+
+    /// `range` widened to the edges of the largest pages with which KVM may map it, where `backing` is the largest of
+    /// the memory behind: a mapping made for `range` stays within.
+    pub fn widened(&self, range: Range, backing: Level) -> Range {
+        let frame_at = |gpa: u64| {
+            let levels = Level::DOWNWARDS.into_iter().filter(|level| *level <= backing);
+            levels.filter(|level| self.limit(gpa, *level).is_none()).find_map(|level| level.frame(gpa))
+        };
+        let first = frame_at(range.start).map_or(range.start, |frame| frame.start);
+        let last = frame_at(range.end - 1).map_or(range.end, |frame| frame.end);
+        Range { start: first.min(range.start), end: last.max(range.end) }
+    }
+}
+
+/// A walk over a part of a slot, mapping by mapping, alike ones together.
+struct Walk<'a> {
+    terms: &'a Terms<'a>,
+    /// The memory behind; `None` when only the slot is to decide.
+    memory: Option<&'a HostMemory>,
+    range: Range,
+}
+
+/// What one step of the walk found: mappings of one level, beginning with the one that holds the step's place.
+struct Step {
+    level: Level,
+    /// For each level above it, why.
+    limits: [Limit; 3],
+    /// Where what comes may be otherwise.
+    end: u64,
+}
+
+impl Walk<'_> {
+    fn count(&self) -> (Counts, Costs) {
+        let (mut counts, mut costs) = (Counts::default(), Costs::default());
+        let mut at = self.range.start;
+        while at < self.range.end {
+            let step = self.step(at);
+            let first = at - step.level.remainder(at);
+            let end = step.end.min(self.range.end);
+            let n = (end - first).div_ceil(step.level.bytes());
+            counts.add(step.level, n);
+            for level in [Level::M2, Level::G1].into_iter().filter(|level| *level > step.level) {
+                costs[level as usize][step.limits[level as usize] as usize] += end - at;
+            }
+            // The last mapping may reach beyond the range, but never beyond the slot, so this does not wrap.
+            at = first + n * step.level.bytes();
+        }
+        (counts, costs)
+    }
+
+    fn step(&self, at: u64) -> Step {
+        let mut limits = [Limit::None; 3];
+        for level in [Level::G1, Level::M2] {
+            match self.limit(at, level) {
+                None => return Step { level, limits, end: self.end_of_like(at, level, &limits) },
+                Some(limit) => limits[level as usize] = limit,
+            }
+        }
+        let end = self.end_of_limits(at, &limits);
+        Step { level: Level::K4, limits, end: end.max(at + PAGE) }
+    }
+
+    /// Where one of these limits may be another.
+    fn end_of_limits(&self, at: u64, limits: &[Limit; 3]) -> u64 {
+        let end = |level: Level| match limits[level as usize] {
+            Limit::None => u64::MAX,
+            // As long as the slot is.
+            Limit::DirtyLogging => self.range.end,
+            Limit::GuestMemfd if self.terms.is_private(at) => self.end_of_private(at),
+            // These are about the frame that holds `at`.
+            Limit::Edges | Limit::Attributes | Limit::MappingEdges => {
+                self.end_of_alike(at).min(level.frame(at).map_or(u64::MAX, |frame| frame.end))
+            }
+            _ => self.end_of_alike(at),
+        };
+        end(Level::M2).min(end(Level::G1))
+    }
+
+    /// Why the page at `at` is not mapped as a part of a larger one.
+    fn limit(&self, at: u64, level: Level) -> Option<Limit> {
+        self.terms.limit(at, level).or_else(|| {
+            let memory = self.memory?;
+            let hva = self.hva(at);
+            let Some(run) = memory.at(hva) else { return Some(Limit::NotMapped) };
+            if run.level < level {
+                return Some(run.limit);
+            }
+            let frame = level.frame(hva)?;
+            (!run.range.contains(&frame)).then_some(Limit::MappingEdges)
+        })
+    }
+
+    fn hva(&self, gpa: u64) -> u64 {
+        self.terms.slot.hva_of(gpa)
+    }
+
+    /// Where whole mappings of `level` that are like the one at `at` end: at the next edge of whatever decides.
+    fn end_of_like(&self, at: u64, level: Level, limits: &[Limit; 3]) -> u64 {
+        let Some(frame) = level.frame(at) else { return at + PAGE };
+        let end = self.end_of_alike(at).min(self.end_of_limits(at, limits));
+        let whole = (end.max(frame.end) - frame.start) / level.bytes() * level.bytes();
+        frame.start + whole
+    }
+
+    /// Where the memory stops to be of one attribute, on one run of the host's and in one slot.
+    fn end_of_alike(&self, at: u64) -> u64 {
+        let slot_end = self.terms.slot.range().map_or(self.range.end, |range| range.end);
+        let rest = Range { start: at, end: slot_end };
+        let attributes = match self.terms.private.within(rest).next() {
+            Some(run) if run.start > at => run.start,
+            Some(run) => run.end,
+            None => slot_end,
+        };
+        let host = self.memory.and_then(|memory| memory.end_at(self.hva(at)));
+        let host = host.map_or(slot_end, |end| at + (end - self.hva(at)));
+        attributes.min(host).min(slot_end)
+    }
+
+    fn end_of_private(&self, at: u64) -> u64 {
+        let rest = Range { start: at, end: self.range.end };
+        self.terms.private.within(rest).next().map_or(at + PAGE, |run| run.end)
+    }
+}
