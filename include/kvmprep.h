@@ -20,7 +20,7 @@
 #include <stdbool.h>
 
 /* Initialisers for structs that an application fills in. */
-#define KVMPREP_VM_CONFIG_INIT { sizeof(struct kvmprep_vm_config), 0, -1, 0, 0, 0, 0 }
+#define KVMPREP_VM_CONFIG_INIT { sizeof(struct kvmprep_vm_config), 0, -1, 0, 0, 0, 0, 0 }
 #define KVMPREP_POPULATE_OPTS_INIT \
     { sizeof(struct kvmprep_populate_opts), 0, 0, 0, -1, 0, NULL, 0, NULL, NULL, NULL, 0 }
 #define KVMPREP_MEMSLOT_INIT { 0, 0, 0, 0, 0, 0, -1, 0, 0, -1, 0, { 0, 0, 0, 0, 0, 0, 0, 0 } }
@@ -775,14 +775,10 @@ struct kvmprep_caps {
    */
   uint32_t vm_type;
   /**
-   * Zero.
+   * The number of the bit of a gpa that says "shared", for TDX: 47 or 51, by the guest's width; 0: there is none.
+   * Written as 0; the caller may set it.
    */
-  uint32_t reserved;
-  /**
-   * The bit of a gpa that says "shared", as a mask, for TDX: 1 << 47 or 1 << 51, by the guest's width. Written as 0; the
-   * caller may set it.
-   */
-  uint64_t gpa_shared_bit;
+  uint32_t gpa_shared_bit;
 };
 
 /**
@@ -947,9 +943,13 @@ struct kvmprep_vm_config {
    */
   uint32_t alignment_rule;
   /**
-   * The bit of a gpa that says "shared", as a mask, for TDX: 1 << 47 or 1 << 51; else 0.
+   * The number of the bit of a gpa that says "shared", for TDX: 47 or 51; else 0.
    */
-  uint64_t gpa_shared_bit;
+  uint32_t gpa_shared_bit;
+  /**
+   * Must be zero.
+   */
+  uint32_t reserved;
 };
 
 /**

@@ -52,18 +52,16 @@ pub struct kvmprep_caps {
     pub hva_end: u64,
     /// KVM_X86_*: the VM's type. The kernel cannot be asked: written as 0, KVM_X86_DEFAULT_VM; the caller may set it.
     pub vm_type: u32,
-    /// Zero.
-    pub reserved: u32,
-    /// The bit of a gpa that says "shared", as a mask, for TDX: 1 << 47 or 1 << 51, by the guest's width. Written as 0; the
-    /// caller may set it.
-    pub gpa_shared_bit: u64,
+    /// The number of the bit of a gpa that says "shared", for TDX: 47 or 51, by the guest's width; 0: there is none.
+    /// Written as 0; the caller may set it.
+    pub gpa_shared_bit: u32,
 }
 
 const _: () = assert!(size_of::<kvmprep_caps>() == kvmprep_caps::FIRST_PASSED_IN);
 
 impl kvmprep_caps {
     /// Size of the first version that could be passed in, in bytes: 0.3's.
-    pub(super) const FIRST_PASSED_IN: usize = 88;
+    pub(super) const FIRST_PASSED_IN: usize = 80;
 }
 
 impl From<&Caps> for kvmprep_caps {
@@ -85,8 +83,7 @@ impl From<&Caps> for kvmprep_caps {
             user_memory2: caps.user_memory2.into(),
             hva_end: caps.hva_end,
             vm_type: caps.vm_type,
-            reserved: 0,
-            gpa_shared_bit: caps.gpa_shared_bit,
+            gpa_shared_bit: 63u32.saturating_sub(caps.gpa_shared_bit.leading_zeros()),
         }
     }
 }
@@ -110,9 +107,14 @@ impl From<&kvmprep_caps> for Caps {
             user_memory2: caps.user_memory2 != 0,
             hva_end: caps.hva_end,
             vm_type: caps.vm_type,
-            gpa_shared_bit: caps.gpa_shared_bit,
+            gpa_shared_bit: shared_bit(caps.gpa_shared_bit),
         }
     }
+}
+
+/// The mask of a bit by its number, of which 0 and what no gpa has are none.
+pub(super) fn shared_bit(number: u32) -> u64 {
+    1u64.checked_shl(number).unwrap_or(0) & !1
 }
 
 /// Finds out what the kernel offers.

@@ -1,6 +1,7 @@
 //! One VM: its handle, its memslots, what is populated.
 
 use super::boundary::*;
+use super::caps::shared_bit;
 use super::error::kvmprep_error;
 use super::memslot::{decode_rule, kvmprep_memslot};
 use crate::error::{Error, Reason, Result};
@@ -70,8 +71,10 @@ pub struct kvmprep_vm_config {
     pub vm_type: u32,
     /// KVMPREP_ALIGN_*: what kvmprep_memslot_set() holds slots to; it matters with KVMPREP_ALIGN_STRICT only.
     pub alignment_rule: u32,
-    /// The bit of a gpa that says "shared", as a mask, for TDX: 1 << 47 or 1 << 51; else 0.
-    pub gpa_shared_bit: u64,
+    /// The number of the bit of a gpa that says "shared", for TDX: 47 or 51; else 0.
+    pub gpa_shared_bit: u32,
+    /// Must be zero.
+    pub reserved: u32,
 }
 
 // SAFETY: repr(C), integers only, no padding, the size first.
@@ -111,6 +114,14 @@ pub unsafe extern "C" fn kvmprep_vm_new(
                 KVMPREP_VM_KEEP_MAPPINGS | KVMPREP_VM_MAPPINGS_ARE_KEPT,
                 "config->flags",
             )?;
+            check_reserved(config.reserved == 0, "config")?;
+            if config.gpa_shared_bit > 51 {
+                return Err(Error::invalid(
+                    Reason::BadValue,
+                    format!("config->gpa_shared_bit is {}, which no gpa has", config.gpa_shared_bit),
+                )
+                .hint("pass 47 or 51 for TDX, else 0"));
+            }
             if config.gpa_bits != 0 && !(12..=52).contains(&config.gpa_bits) {
                 return Err(Error::invalid(
                     Reason::BadValue,
@@ -124,7 +135,7 @@ pub unsafe extern "C" fn kvmprep_vm_new(
                 keep_mappings: config.flags & KVMPREP_VM_KEEP_MAPPINGS != 0,
                 mappings_are_kept: config.flags & KVMPREP_VM_MAPPINGS_ARE_KEPT != 0,
                 vm_type: config.vm_type,
-                gpa_shared_bit: config.gpa_shared_bit,
+                gpa_shared_bit: shared_bit(config.gpa_shared_bit),
                 demand: decode_rule(config.alignment_rule, "config->alignment_rule")?,
             };
             let vm = Vm::new(Arc::new(Linux::with_open_files()), config)?;

@@ -40,8 +40,10 @@ pub struct Verdict {
 
 /// The most pages of a slot (`KVM_MEM_MAX_NR_PAGES`).
 const MOST_PAGES: u64 = (1 << 31) - 1;
-/// Since this release a range of a guest_memfd that is bound already is found last of all, and is `EEXIST`.
-const BOUND_IS_FOUND_LAST: [u32; 3] = [7, 2, 0];
+/// Since this release a range of a guest_memfd that is bound already is `EEXIST`, as an overlap is.
+const BOUND_IS_EEXIST: [u32; 3] = [7, 2, 0];
+/// And since this one that is found last of all.
+const BOUND_IS_FOUND_LAST: [u32; 3] = [7, 3, 0];
 
 /// One slot about to be set in one VM.
 struct Check<'a> {
@@ -85,12 +87,12 @@ impl Check<'_> {
             None
         };
         if self.caps.release < BOUND_IS_FOUND_LAST {
-            self.binding(binding, libc::EINVAL)?;
+            self.binding(binding)?;
         }
         if matches!(change, Change::Create | Change::Move) {
             self.guest_addresses()?;
         }
-        self.binding(binding, libc::EEXIST)?;
+        self.binding(binding)?;
         Ok(verdict)
     }
 
@@ -274,8 +276,8 @@ impl Check<'_> {
                 .hint("pass what KVM_CREATE_GUEST_MEMFD returned"));
         }
         let end = region.guest_memfd_offset.saturating_add(region.size);
-        // What is past the sign bit is no file offset to the kernel.
-        if end > status.length || region.guest_memfd_offset > i64::MAX as u64 {
+        // Before Linux 7.2 the kernel's own sum wraps where it comes to 2^63, and it binds what no file has. Not here.
+        if end > status.length {
             return Err(Error::invalid(
                 Reason::GmemTooShort,
                 format!(
@@ -289,7 +291,8 @@ impl Check<'_> {
     }
 
     /// No byte of a guest_memfd is in two slots.
-    fn binding(&self, file: Option<FileStatus>, errno: i32) -> Result<()> {
+    fn binding(&self, file: Option<FileStatus>) -> Result<()> {
+        let errno = if self.caps.release < BOUND_IS_EEXIST { libc::EINVAL } else { libc::EEXIST };
         let Some(file) = file else { return Ok(()) };
         let region = &self.slot.region;
         let Some(part) = Range::new(region.guest_memfd_offset, region.size) else { return Ok(()) };
