@@ -5,8 +5,8 @@
 
 use super::uapi::*;
 use super::{
-    Access, Errno, ExitRequest, FileId, FileKind, FileStatus, Kernel, MappedObject, Mapping, Region, Stats,
-    Sys, caps, ioctls, maps,
+    Access, Errno, ExitRequest, FileId, FileKind, FileStatus, HugePagesDisabled, Kernel, MappedObject,
+    Mapping, Region, Stats, Sys, caps, ioctls, maps,
 };
 use crate::range::{HUGE, PAGE, Range};
 use libc::{c_int, c_void};
@@ -69,8 +69,13 @@ pub fn block_asynchronous_signals() -> impl Drop {
 pub struct Linux {
     maps: OnceCell<File>,
     pagemap: OnceCell<File>,
-    roots_go_stale: OnceCell<bool>,
+    release: OnceCell<[u32; 3]>,
 }
+
+/// The release in which a write to the huge zero page began to make a huge page of its own.
+const HUGE_ZERO_PAGE_BECOMES_HUGE: [u32; 3] = [6, 13, 0];
+/// `PR_THP_DISABLE_EXCEPT_ADVISED`, as `PR_GET_THP_DISABLE` returns it.
+const THP_DISABLED_EXCEPT_ADVISED: c_int = 3;
 
 /// Room for a mapping's name, in bytes.
 const MAPPING_NAME: usize = 256;
@@ -117,6 +122,10 @@ impl Linux {
         let _ = linux.maps.get_or_try_init(|| open("/proc/self/maps"));
         let _ = linux.pagemap.get_or_try_init(|| open("/proc/self/pagemap"));
         linux
+    }
+
+    fn release(&self) -> [u32; 3] {
+        *self.release.get_or_init(|| caps::release(self))
     }
 
     fn mapping_by_query(&self, hva: u64) -> Sys<Option<Mapping>> {
@@ -242,8 +251,7 @@ impl Kernel for Linux {
 
     fn pre_fault(&self, vcpu: RawFd, range: Range) -> Sys<Option<Range>> {
         // Before each, since a slot may have been deleted that nobody told of.
-        let go_stale = self.roots_go_stale.get_or_init(|| caps::roots_go_stale(caps::release(self)));
-        if *go_stale {
+        if caps::roots_go_stale(self.release()) {
             ioctls::renew_root(vcpu);
         }
         ioctls::pre_fault(vcpu, range)
@@ -348,11 +356,35 @@ impl Kernel for Linux {
     }
 
     fn small_pages(&self, start: u64, end: u64) -> Sys<Option<(u64, u64)>> {
-        self.scan_if_known(start, end, PAGE_IS_HUGE, PAGE_IS_PRESENT | PAGE_IS_SWAPPED)
+        let small = self.scan_if_known(start, end, PAGE_IS_HUGE, PAGE_IS_PRESENT | PAGE_IS_SWAPPED)?;
+        if self.release() >= HUGE_ZERO_PAGE_BECOMES_HUGE {
+            return Ok(small);
+        }
+        let end = small.map_or(end, |(start, _)| start);
+        let zero = if start < end { self.scan_if_known(start, end, 0, PAGE_IS_PFNZERO)? } else { None };
+        Ok(zero.or(small))
     }
 
     fn huge_pages(&self, start: u64, end: u64) -> Sys<Option<(u64, u64)>> {
         self.scan_if_known(start, end, 0, PAGE_IS_PRESENT)
+    }
+
+    fn huge_pages_disabled(&self) -> HugePagesDisabled {
+        // SAFETY: no memory is passed.
+        match unsafe { libc::prctl(libc::PR_GET_THP_DISABLE, 0, 0, 0, 0) } {
+            0 | ..0 => HugePagesDisabled::No,
+            THP_DISABLED_EXCEPT_ADVISED => HugePagesDisabled::ExceptAdvised,
+            _ => HugePagesDisabled::Yes,
+        }
+    }
+
+    fn can_map_guest_memfd(&self, fd: RawFd) -> bool {
+        // SAFETY: a fresh mapping without access, at an address of the kernel's choice, that is taken away at once.
+        unsafe {
+            let page =
+                libc::mmap(std::ptr::null_mut(), PAGE as usize, libc::PROT_NONE, libc::MAP_SHARED, fd, 0);
+            page != libc::MAP_FAILED && libc::munmap(page, PAGE as usize) == 0
+        }
     }
 
     fn user_addresses_end(&self) -> u64 {

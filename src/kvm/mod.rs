@@ -22,6 +22,7 @@ mod ioctls;
 mod ioctls_none;
 
 pub mod caps;
+pub mod thp;
 
 pub use linux::{Linux, block_asynchronous_signals};
 pub use maps::Mappings;
@@ -149,6 +150,17 @@ pub struct FileStatus {
     pub allocated: u64,
 }
 
+/// What a process has given up of transparent huge pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HugePagesDisabled {
+    /// Nothing.
+    No,
+    /// Those that are not advised (Linux 6.18).
+    ExceptAdvised,
+    /// All.
+    Yes,
+}
+
 /// A place in this process where a vCPU's owner can say "come out": the `immediate_exit` byte of `kvm_run`.
 pub trait ExitRequest: Send {
     /// Whether the owner has asked.
@@ -197,8 +209,8 @@ pub trait Kernel: Send + Sync {
     }
     /// The first run of pages in `[start, end)` that this process's page tables hold, zero page apart.
     fn resident(&self, start: u64, end: u64) -> Sys<Option<(u64, u64)>>;
-    /// The first run of pages in `[start, end)` that are in memory or swapped out and not mapped as a huge page: no
-    /// huge page will come where they are. `None` where there are none, or where the kernel cannot tell (before
+    /// The first run of pages in `[start, end)` that are in memory or swapped out, and of which no huge page will become
+    /// by writing to them: those that are not mapped as huge pages. `None` where there are none, or where the kernel cannot tell (before
     /// Linux 6.7).
     fn small_pages(&self, _start: u64, _end: u64) -> Sys<Option<(u64, u64)>> {
         Ok(None)
@@ -206,6 +218,14 @@ pub trait Kernel: Send + Sync {
     /// The first run of pages in `[start, end)` that are mapped as huge pages; `None` likewise.
     fn huge_pages(&self, _start: u64, _end: u64) -> Sys<Option<(u64, u64)>> {
         Ok(None)
+    }
+    /// `PR_GET_THP_DISABLE`: whether this process has transparent huge pages, all of them or those not advised, off.
+    fn huge_pages_disabled(&self) -> HugePagesDisabled {
+        HugePagesDisabled::No
+    }
+    /// Whether a guest_memfd can be mapped (`GUEST_MEMFD_FLAG_MMAP`), and so serves all of a slot's memory.
+    fn can_map_guest_memfd(&self, _fd: RawFd) -> bool {
+        false
     }
     /// One past the last address of this process that the kernel takes for user memory (its `access_ok`).
     fn user_addresses_end(&self) -> u64 {

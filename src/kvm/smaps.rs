@@ -23,6 +23,8 @@ pub struct Entry {
     pub page_size: u64,
     /// What `madvise` was told of huge pages: to use them, or not to.
     pub huge_advice: Option<bool>,
+    /// Whether transparent huge pages of any size may come; `None` where the kernel does not say.
+    pub may_be_huge: Option<bool>,
 }
 
 impl<'a> Smaps<'a> {
@@ -46,11 +48,14 @@ fn parse(smaps: &str) -> Vec<Entry> {
     let mut entries: Vec<Entry> = Vec::new();
     for line in smaps.lines() {
         if let Some((start, end)) = place(line) {
-            entries.push(Entry { start, end, page_size: 0, huge_advice: None });
+            entries.push(Entry { start, end, page_size: 0, huge_advice: None, may_be_huge: None });
         }
         let Some(entry) = entries.last_mut() else { continue };
         if let Some(bytes) = page_size(line) {
             entry.page_size = bytes;
+        }
+        if let Some(answer) = line.strip_prefix("THPeligible:") {
+            entry.may_be_huge = Some(answer.trim() != "0");
         }
         if let Some(flags) = line.strip_prefix("VmFlags:") {
             let has = |flag| flags.split_ascii_whitespace().any(|known| known == flag);
@@ -79,16 +84,22 @@ mod tests {
     #[test]
     fn reads_each_mapping_s_page_size_and_advice() {
         let smaps = "\
-1000-3000 rw-p 00000000 00:00 0 \nSize: 8 kB\nKernelPageSize:        4 kB\nVmFlags: rd wr mr hg \n\
-4000-5000 rw-p 00000000 00:00 0 [heap]\nKernelPageSize:        4 kB\nVmFlags: rd nh\n\
+1000-3000 rw-p 00000000 00:00 0 \nSize: 8 kB\nKernelPageSize:        4 kB\nTHPeligible:           1\nVmFlags: rd wr mr hg \n\
+4000-5000 rw-p 00000000 00:00 0 [heap]\nKernelPageSize:        4 kB\nTHPeligible:    0\nVmFlags: rd nh\n\
 200000-400000 rw-s 00000000 00:0f 9 /memfd:x\nSize: 2048 kB\nKernelPageSize:     2048 kB\n";
-        let entry = |start, end, page_size, huge_advice| Entry { start, end, page_size, huge_advice };
+        let entry = |start, end, page_size, huge_advice, may_be_huge| Entry {
+            start,
+            end,
+            page_size,
+            huge_advice,
+            may_be_huge,
+        };
         assert_eq!(
             parse(smaps),
             [
-                entry(0x1000, 0x3000, 4096, Some(true)),
-                entry(0x4000, 0x5000, 4096, Some(false)),
-                entry(0x20_0000, 0x40_0000, 2 << 20, None)
+                entry(0x1000, 0x3000, 4096, Some(true), Some(true)),
+                entry(0x4000, 0x5000, 4096, Some(false), Some(false)),
+                entry(0x20_0000, 0x40_0000, 2 << 20, None, None)
             ]
         );
     }

@@ -6,6 +6,7 @@
 use super::prediction::Limit;
 use super::{Backing, Memslot};
 use crate::error::{Error, Result};
+use crate::kvm::thp::{self, Policy};
 use crate::kvm::{Errno, Kernel, MappedObject, Mapping, Mappings, Smaps, Sys};
 use crate::level::Level;
 use crate::range::Range;
@@ -33,14 +34,6 @@ struct Survey<'a> {
     smaps: Smaps<'a>,
     backing: Option<Backing>,
     runs: Vec<Run>,
-}
-
-/// What the kernel would do for a mapping with transparent huge pages.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Policy {
-    Always,
-    Advised,
-    Never,
 }
 
 /// What kind of memory lies behind a slot.
@@ -129,27 +122,29 @@ impl Survey<'_> {
                 self.runs.push(whole(Level::K4, Limit::GuestMemfd));
             }
             MappedObject::Anonymous => {
-                let limit = self.anonymous_limit(mapping);
-                self.add_transparent(found, limit)?;
+                let limit = self.limit_of(thp::anonymous(self.kernel), mapping);
+                self.add_transparent(found, limit, object)?;
             }
             MappedObject::Shmem if shared => {
                 let limit = self.shmem_limit(mapping);
-                self.add_transparent(found, limit)?;
+                self.add_transparent(found, limit, object)?;
             }
             // Private copies are made page by page.
-            MappedObject::Shmem | MappedObject::File => self.add_transparent(found, Some(Limit::Backing))?,
+            MappedObject::Shmem | MappedObject::File => {
+                self.add_transparent(found, Some(Limit::Backing), object)?;
+            }
         }
         Ok(())
     }
 
     /// Memory that has huge pages where the kernel so decides: what is there is as it is, and the rest will be of 2 MiB
     /// unless there is a limit.
-    fn add_transparent(&mut self, found: Range, limit: Option<Limit>) -> Sys<()> {
+    fn add_transparent(&mut self, found: Range, limit: Option<Limit>, object: MappedObject) -> Sys<()> {
         let mut at = found.start;
         while let Some(rest) = Range::between(at, found.end) {
             // Where huge pages will come, look for small ones that stand in their way; else for huge ones that are there.
             let exception = match limit {
-                None => self.kernel.small_pages(rest.start, rest.end)?,
+                None => self.small_pages(rest, object)?,
                 Some(_) => self.kernel.huge_pages(rest.start, rest.end)?,
             };
             let Some(exception) = exception.and_then(|(start, end)| around(start, end).intersect(&rest))
@@ -166,6 +161,29 @@ impl Survey<'_> {
         Ok(())
     }
 
+    /// The first run of pages in `part` that no huge page will take the place of.
+    fn small_pages(&self, part: Range, object: MappedObject) -> Sys<Option<(u64, u64)>> {
+        let small = self.kernel.small_pages(part.start, part.end)?;
+        if object != MappedObject::Shmem {
+            return Ok(small);
+        }
+        let end = small.map_or(part.end, |(start, _)| start);
+        Ok(self.partly_cached(part.start, end)?.or(small))
+    }
+
+    /// The first frame of 2 MiB of which a part is in a file's cache, mapped here or not.
+    fn partly_cached(&self, start: u64, end: u64) -> Sys<Option<(u64, u64)>> {
+        let size = Level::M2.bytes();
+        let mut at = start.next_multiple_of(size);
+        while at + size <= end {
+            if (1..size).contains(&self.kernel.cached(at, size)?) {
+                return Ok(Some((at, at + size)));
+            }
+            at += size;
+        }
+        Ok(None)
+    }
+
     /// Adds memory that has pages of 2 MiB, or for that reason not.
     fn push(&mut self, range: Range, limit: Option<Limit>) {
         let (level, limit) = limit.map_or((Level::M2, Limit::Backing), |limit| (Level::K4, limit));
@@ -177,39 +195,19 @@ impl Survey<'_> {
         }
     }
 
-    /// Why anonymous memory that is not there yet will not come in huge pages.
-    fn anonymous_limit(&self, mapping: &Mapping) -> Option<Limit> {
-        let own = self.setting("hugepages-2048kB/enabled");
-        let policy = match own.as_deref() {
-            None | Some("inherit") => self.setting("enabled"),
-            own => own.map(str::to_string),
-        };
-        let policy = match policy.as_deref() {
-            Some("always") => Policy::Always,
-            Some("madvise") => Policy::Advised,
-            _ => Policy::Never,
-        };
-        self.limit_of(policy, mapping).or_else(|| self.is_disabled_by_prctl().then_some(Limit::NoThp))
-    }
-
-    /// The same of shared memory.
+    /// Why shared memory that is not there yet will not come in huge pages.
     fn shmem_limit(&self, mapping: &Mapping) -> Option<Limit> {
-        let own = self.setting("hugepages-2048kB/shmem_enabled");
-        let policy = match own.as_deref() {
-            None | Some("inherit") => self.setting("shmem_enabled"),
-            own => own.map(str::to_string),
-        };
-        let policy = match policy.as_deref() {
-            Some("always" | "within_size" | "force") => Policy::Always,
-            Some("advise") => Policy::Advised,
-            _ => Policy::Never,
-        };
         // A huge page of the file must be one of the address space too.
-        let is_congruent = Level::M2.is_aligned(mapping.start.wrapping_sub(mapping.offset));
-        let limit = self.limit_of(policy, mapping);
-        limit.or_else(|| (!is_congruent).then_some(Limit::Backing))
+        if !Level::M2.is_aligned(mapping.start.wrapping_sub(mapping.offset)) {
+            return Some(Limit::Backing);
+        }
+        // A file on a tmpfs mount has that mount's policy, which only this tells.
+        let is_not_eligible = || self.smaps.at(mapping.start).is_some_and(|e| e.may_be_huge == Some(false));
+        let limit = self.limit_of(thp::shmem(self.kernel), mapping);
+        limit.or_else(|| is_not_eligible().then_some(Limit::NoThp))
     }
 
+    /// Why memory under that policy will not come in huge pages.
     fn limit_of(&self, policy: Policy, mapping: &Mapping) -> Option<Limit> {
         if policy == Policy::Never {
             return Some(Limit::NoThp);
@@ -219,19 +217,6 @@ impl Survey<'_> {
             (Policy::Advised, None) => Some(Limit::Advice),
             _ => None,
         }
-    }
-
-    /// The chosen one of a setting's words.
-    fn setting(&self, name: &str) -> Option<String> {
-        let text = self.kernel.read_file(&format!("/sys/kernel/mm/transparent_hugepage/{name}")).ok()?;
-        let (_, rest) = text.split_once('[')?;
-        Some(rest.split_once(']')?.0.to_string())
-    }
-
-    /// `PR_SET_THP_DISABLE`.
-    fn is_disabled_by_prctl(&self) -> bool {
-        let status = self.kernel.read_file("/proc/self/status").unwrap_or_default();
-        status.lines().any(|line| line.split_ascii_whitespace().eq(["THP_enabled:", "0"]))
     }
 }
 

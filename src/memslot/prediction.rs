@@ -4,8 +4,9 @@
 //! kvm_mmu_hugepage_adjust), dirty logging, memory attributes, guest_memfd. What is to be expected follows from that
 //! and from the memory behind the slot. It is arithmetic over stretches of memory that are alike, never page by page.
 
-use super::host::{HostMemory, Kind};
+use super::host::HostMemory;
 use super::{Memslot, alignment};
+use crate::kvm::Kernel;
 use crate::kvm::caps::largest_page;
 use crate::level::Level;
 use crate::range::{PAGE, Range, RangeSet};
@@ -134,9 +135,9 @@ const ALL: [Limit; LIMITS] = [
 type Costs = [[u64; LIMITS]; 3];
 
 impl<'a> Terms<'a> {
-    /// Of `slot`, behind which lies memory of that kind, on this processor.
-    pub fn new(slot: &'a Memslot, private: &'a RangeSet, kind: &Kind) -> Self {
-        let gmem_serves_all = slot.has_guest_memfd() && kind.is_guest_memfd;
+    /// Of `slot`, on this processor.
+    pub fn new(kernel: &dyn Kernel, slot: &'a Memslot, private: &'a RangeSet) -> Self {
+        let gmem_serves_all = slot.has_guest_memfd() && kernel.can_map_guest_memfd(slot.region.guest_memfd);
         Self { slot, private, largest: largest_page(), gmem_serves_all }
     }
 

@@ -38,7 +38,7 @@ pub fn report(
     let memory = HostMemory::survey(kernel, slot, behind(slot, range))?;
     let kind = host::kind(kernel, slot, slot.region.hva)?;
     let private = private.unwrap_or_else(|| private_of(caps, slot, &kind));
-    let terms = Terms::new(slot, &private, &kind);
+    let terms = Terms::new(kernel, slot, &private);
     let prediction = predict(&terms, range, &memory);
     let (message, hint) = in_words(slot, range, &prediction);
     Ok(Report { alignment: demand.measure(kernel, slot)?, prediction, message, hint })

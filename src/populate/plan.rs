@@ -4,9 +4,11 @@
 //! its host method, its access and its chunk. It asks the kernel about mappings and changes nothing.
 
 use crate::error::{Error, Reason, Result, Stage};
+use crate::kvm::thp::{self, Policy};
 use crate::kvm::{Access, Errno, Kernel, MappedObject, Mapping, Mappings};
 use crate::memslot::{Backing, Memslot, SlotId, SlotRecord};
 use crate::range::{HUGE, PAGE, Range, RangeSet};
+use once_cell::unsync::OnceCell;
 use std::os::fd::RawFd;
 
 /// What the guest is to be spared.
@@ -114,7 +116,12 @@ impl Plan {
     /// Plans `asked`, or, when that is empty, all memory that is not marked sparse or device.
     pub fn new(kernel: &dyn Kernel, slots: &SlotRecord, asked: &[Range], wish: Wish) -> Result<Self> {
         let mappings = Mappings::now(kernel).map_err(looking_up)?;
-        let host = &Host { kernel, mappings, has_private_memory: wish.has_private_memory };
+        let host = &Host {
+            kernel,
+            mappings,
+            has_private_memory: wish.has_private_memory,
+            has_huge_shmem: OnceCell::new(),
+        };
         let mut plan = Self::default();
         if asked.is_empty() {
             let all =
@@ -181,7 +188,7 @@ impl Plan {
                 .ok_or_else(|| not_mapped(slot, rest, hva))?;
             let end = part.end.min(at.saturating_add(mapping.end - hva));
             let piece = Range { start: at, end };
-            self.segments.push(segment(host.kernel, slot, piece, hva, mapping, wish)?);
+            self.segments.push(segment(host, slot, piece, hva, mapping, wish)?);
             at = end;
         }
         Ok(())
@@ -222,6 +229,7 @@ struct Host<'a> {
     kernel: &'a dyn Kernel,
     mappings: Mappings<'a>,
     has_private_memory: bool,
+    has_huge_shmem: OnceCell<bool>,
 }
 
 impl Host<'_> {
@@ -240,6 +248,36 @@ impl Host<'_> {
         }
         let mapping = self.mappings.at(slot.region.hva).map_err(looking_up)?;
         Ok(!mapping.is_some_and(|m| m.start <= slot.region.hva && m.object == MappedObject::GuestMemfd))
+    }
+
+    /// The table of host methods, by measurement: `cargo xtask bench`, rows `host_*` and `method_*`.
+    fn method(
+        &self,
+        backing: Backing,
+        access: Access,
+        intent: Intent,
+        has_file: bool,
+        stage2: bool,
+    ) -> HostMethod {
+        match (intent, access, backing.object) {
+            (Intent::Resident, ..) => HostMethod::Nothing,
+            // The guest reaches a guest_memfd past the host's page tables: filling those as well would be for the VMM
+            // alone, and takes a quarter longer.
+            (_, _, MappedObject::GuestMemfd) if stage2 && has_file => HostMethod::Allocate,
+            (_, Access::Write, MappedObject::Shmem)
+                if backing.shared && has_file && !self.has_huge_shmem() =>
+            {
+                HostMethod::AllocateAndPopulate
+            }
+            (_, Access::Write, _) => HostMethod::PopulateWrite,
+            (_, Access::Read, _) => HostMethod::PopulateRead,
+        }
+    }
+
+    /// Whether shared memory may have huge pages. What is allocated before it is touched has none, where they depend on
+    /// advice or on a policy for their size.
+    fn has_huge_shmem(&self) -> bool {
+        *self.has_huge_shmem.get_or_init(|| thp::shmem(self.kernel) != Policy::Never)
     }
 }
 
@@ -288,7 +326,7 @@ fn not_mapped(slot: &Memslot, rest: Range, hva: u64) -> Error {
 
 /// How one mapped piece is treated.
 fn segment(
-    kernel: &dyn Kernel,
+    host: &Host<'_>,
     slot: &Memslot,
     range: Range,
     hva: u64,
@@ -297,7 +335,7 @@ fn segment(
 ) -> Result<Segment> {
     let into_slot = range.start - slot.region.gpa;
     let file = slot.file.map(|(fd, offset)| (fd, offset + into_slot));
-    let kind = file.and_then(|(fd, _)| kernel.file_kind(fd).ok());
+    let kind = file.and_then(|(fd, _)| host.kernel.file_kind(fd).ok());
     // The file system knows its own kind better than a mapping's name tells, and the VMM best of all.
     let object = match (mapping.object, kind) {
         (MappedObject::File | MappedObject::Shmem, Some(kind)) => kind.object,
@@ -335,24 +373,9 @@ fn segment(
         file,
         backing,
         page_size,
-        host: host_method(backing, access, wish.intent, file.is_some(), stage2),
+        host: host.method(backing, access, wish.intent, file.is_some(), stage2),
         access,
         stage2,
         resident_only: wish.intent == Intent::Resident,
     })
-}
-
-/// The table of host methods, by measurement: `cargo xtask bench`, rows `host_*` and `method_*`.
-fn host_method(backing: Backing, access: Access, intent: Intent, has_file: bool, stage2: bool) -> HostMethod {
-    match (intent, access, backing.object) {
-        (Intent::Resident, ..) => HostMethod::Nothing,
-        // The guest reaches a guest_memfd past the host's page tables: filling those as well would be for the VMM
-        // alone, and takes a quarter longer.
-        (_, _, MappedObject::GuestMemfd) if stage2 && has_file => HostMethod::Allocate,
-        (_, Access::Write, MappedObject::Shmem) if backing.shared && has_file => {
-            HostMethod::AllocateAndPopulate
-        }
-        (_, Access::Write, _) => HostMethod::PopulateWrite,
-        (_, Access::Read, _) => HostMethod::PopulateRead,
-    }
 }
