@@ -92,6 +92,11 @@ impl HostMemory {
         Ok(Self { runs: survey.runs })
     }
 
+    /// Of runs that are known, by place.
+    pub fn of(runs: Vec<Run>) -> Self {
+        Self { runs }
+    }
+
     /// The run that holds `hva`.
     pub fn at(&self, hva: u64) -> Option<&Run> {
         self.runs.get(self.index(hva)).filter(|run| run.range.start <= hva)

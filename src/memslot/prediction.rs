@@ -288,3 +288,180 @@ impl Walk<'_> {
         self.terms.private.within(rest).next().map_or(at + PAGE, |run| run.end)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kvm::{MEM_GUEST_MEMFD, MEM_LOG_DIRTY_PAGES, Region};
+    use crate::memslot::Nature;
+    use crate::memslot::host::Run;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    const M2: u64 = 2 << 20;
+    const G1: u64 = 1 << 30;
+    const HVA: u64 = 0x7f00_0000_0000;
+
+    fn slot(gpa: u64, size: u64, hva: u64, flags: u32) -> Memslot {
+        Memslot {
+            region: Region { slot: 0, flags, gpa, size, hva, guest_memfd: -1, guest_memfd_offset: 0 },
+            backing: None,
+            file: None,
+            nature: Nature::default(),
+        }
+    }
+
+    fn run(start: u64, end: u64, level: Level) -> Run {
+        Run { range: Range { start, end }, level, limit: Limit::Backing }
+    }
+
+    /// Of the whole slot.
+    fn prediction(slot: &Memslot, private: &RangeSet, runs: Vec<Run>) -> Prediction {
+        let terms = Terms { slot, private, largest: Level::G1, gmem_serves_all: false };
+        predict(&terms, slot.range().unwrap(), &HostMemory::of(runs))
+    }
+
+    fn counts(k4: u64, m2: u64, g1: u64) -> Counts {
+        Counts { k4, m2, g1 }
+    }
+
+    #[test]
+    fn head_and_tail_are_of_small_pages() {
+        let slot = slot(M2 - 0x3000, 3 * M2, HVA + M2 - 0x3000, 0);
+        let found = prediction(&slot, &RangeSet::new(), vec![run(HVA, HVA + 4 * M2, Level::M2)]);
+        assert_eq!((found.allowed, found.expected), (counts(512, 2, 0), counts(512, 2, 0)));
+        assert_eq!(found.below_2m, Cost { limit: Limit::Edges, bytes: M2 });
+    }
+
+    #[test]
+    fn one_page_off_costs_all_huge_pages() {
+        let slot = slot(G1, 4 * M2, HVA + 0x1000, 0);
+        let found = prediction(&slot, &RangeSet::new(), vec![run(HVA, HVA + 8 * M2, Level::M2)]);
+        assert_eq!(found.expected, counts(2048, 0, 0));
+        assert_eq!(found.below_2m, Cost { limit: Limit::Congruence, bytes: 4 * M2 });
+    }
+
+    #[test]
+    fn a_gigabyte_takes_a_pool_and_congruence_with_it() {
+        for (hva, level, allowed, expected) in [
+            (HVA, Level::G1, counts(0, 0, 3), counts(0, 0, 3)),
+            (HVA, Level::M2, counts(0, 0, 3), counts(0, 3 * 512, 0)),
+            (HVA + M2, Level::G1, counts(0, 3 * 512, 0), counts(0, 3 * 512, 0)),
+        ] {
+            let slot = slot(4 * G1, 3 * G1, hva, 0);
+            let found = prediction(&slot, &RangeSet::new(), vec![run(HVA, HVA + 5 * G1, level)]);
+            assert_eq!((found.allowed, found.expected), (allowed, expected));
+        }
+    }
+
+    #[test]
+    fn of_terabytes_the_answer_comes_at_once() {
+        for hva in [HVA, HVA + M2, HVA + 0x1000] {
+            let slot = slot(0, 8 << 40, hva, 0);
+            let mut rules = counts(0, 0, 8 << 10);
+            if hva != HVA {
+                rules = if hva == HVA + M2 { counts(0, 4 << 20, 0) } else { counts(2 << 30, 0, 0) };
+            }
+            let found = prediction(&slot, &RangeSet::new(), Vec::new());
+            assert_eq!((found.allowed, found.expected), (rules, counts(2 << 30, 0, 0)));
+        }
+    }
+
+    #[test]
+    fn logging_and_a_guest_memfd_leave_small_pages() {
+        let all: RangeSet = Range::new(G1, 4 * M2).into_iter().collect();
+        for (flags, limit) in
+            [(MEM_LOG_DIRTY_PAGES, Limit::DirtyLogging), (MEM_GUEST_MEMFD, Limit::GuestMemfd)]
+        {
+            let slot = slot(G1, 4 * M2, HVA, flags);
+            let found = prediction(&slot, &all, vec![run(HVA, HVA + 4 * M2, Level::M2)]);
+            assert_eq!((found.allowed, found.below_2m.limit), (counts(2048, 0, 0), limit));
+        }
+    }
+
+    #[test]
+    fn a_range_is_widened_to_the_page_that_may_be_mapped() {
+        let private = RangeSet::new();
+        let widened = |slot: &Memslot, start, end, backing| {
+            let terms = Terms { slot, private: &private, largest: Level::G1, gmem_serves_all: false };
+            let wide = terms.widened(Range { start, end }, backing);
+            (wide.start, wide.end)
+        };
+        let congruent = slot(G1, G1, HVA, 0);
+        assert_eq!(widened(&congruent, G1 + 0x1000, G1 + 0x2000, Level::M2), (G1, G1 + M2));
+        assert_eq!(widened(&congruent, G1 + 0x1000, G1 + 0x2000, Level::G1), (G1, 2 * G1));
+        assert_eq!(widened(&congruent, G1, G1 + M2, Level::M2), (G1, G1 + M2));
+        assert_eq!(widened(&congruent, G1 + 0x1000, G1 + 0x2000, Level::K4), (G1 + 0x1000, G1 + 0x2000));
+        let logged = slot(G1, G1, HVA, MEM_LOG_DIRTY_PAGES);
+        assert_eq!(widened(&logged, G1 + 0x1000, G1 + 0x2000, Level::M2), (G1 + 0x1000, G1 + 0x2000));
+        // The slot's own edge is none that a mapping crosses.
+        let short = slot(G1 + 0x1000, M2, HVA + 0x1000, 0);
+        assert_eq!(widened(&short, G1 + 0x1000, G1 + 0x2000, Level::M2), (G1 + 0x1000, G1 + 0x2000));
+    }
+
+    /// The plainest thing that could be right: each page by itself, by the rules as they are written.
+    fn page_by_page(slot: &Memslot, private: &RangeSet, runs: Option<&[Run]>, range: Range) -> Counts {
+        let place = slot.range().unwrap();
+        let is_private = |page: u64| private.size_within(Range { start: page, end: page + PAGE }) > 0;
+        let suits = |page: u64, size: u64| {
+            let frame = Range { start: page / size * size, end: page / size * size + size };
+            let shared = private.size_within(frame) == 0;
+            let congruent = (slot.region.gpa ^ slot.region.hva) % size == 0;
+            let host = runs.is_none_or(|runs| {
+                let hva = slot.region.hva.wrapping_add(frame.start.wrapping_sub(slot.region.gpa));
+                let held = |run: &&Run| run.range.start <= hva && hva + size <= run.range.end;
+                runs.iter().find(held).is_some_and(|run| run.level.bytes() >= size)
+            });
+            let logged = slot.is_dirty_logged();
+            place.contains(&frame) && shared && congruent && !logged && host && !is_private(page)
+        };
+        let mut frames = BTreeSet::new();
+        let mut page = range.start;
+        while page < range.end {
+            let size = [G1, M2, PAGE].into_iter().find(|size| *size == PAGE || suits(page, *size)).unwrap();
+            frames.insert((size, page / size));
+            page += PAGE;
+        }
+        let of = |size| frames.iter().filter(|(s, _)| *s == size).count() as u64;
+        counts(of(PAGE), of(M2), of(G1))
+    }
+
+    /// Places are drawn in quarters of a frame, give or take a page, since edges are what it is about.
+    fn place() -> impl Strategy<Value = u64> {
+        (0u64..24, -1i64..=1)
+            .prop_map(|(quarter, pages)| (quarter * M2 / 4).saturating_add_signed(pages * PAGE as i64))
+    }
+
+    proptest! {
+        #[test]
+        fn counts_as_one_would_page_by_page(
+            base in prop::sample::select(vec![G1, 2 * G1 - 5 * M2 / 2, G1 + 0x1000]),
+            size in place(),
+            shift in prop::sample::select(vec![0, 0, 0, 0x1000, M2 / 2, M2]),
+            logged in prop::bool::weighted(0.1),
+            edges in prop::collection::vec(place(), 0..6),
+            private in prop::collection::vec((place(), place()), 0..4),
+            part in (place(), place()),
+        ) {
+            let flags = MEM_GUEST_MEMFD | if logged { MEM_LOG_DIRTY_PAGES } else { 0 };
+            let slot = slot(base, size.max(PAGE), HVA + base % G1 + shift, flags);
+            let place = slot.range().unwrap();
+            let private: RangeSet =
+                private.into_iter().filter_map(|(at, size)| Range::new(base + at, size)).collect();
+            // Runs of alternating size, with a gap between some.
+            let mut edges: Vec<u64> = edges.into_iter().map(|edge| slot.region.hva + edge).collect();
+            edges.sort();
+            edges.dedup();
+            let runs: Vec<Run> = edges.windows(2).enumerate().filter(|(n, _)| n % 3 != 2).map(|(n, w)| {
+                run(w[0], w[1], if n % 3 == 0 { Level::M2 } else { Level::K4 })
+            }).collect();
+            let part = Range::new(base + part.0, part.1).and_then(|part| part.intersect(&place)).unwrap_or(place);
+            let terms = Terms { slot: &slot, private: &private, largest: Level::G1, gmem_serves_all: false };
+            let found = predict(&terms, part, &HostMemory::of(runs.clone()));
+            prop_assert_eq!(found.allowed, page_by_page(&slot, &private, None, part));
+            prop_assert_eq!(found.expected, page_by_page(&slot, &private, Some(&runs), part));
+            let limited: u64 = found.below_2m.bytes;
+            prop_assert!(limited <= part.size() && (limited > 0) == (found.expected.k4 > 0));
+        }
+    }
+}
