@@ -192,7 +192,7 @@ impl Check<'_> {
     fn change(&self) -> Result<Change> {
         let new = &self.slot.region;
         let Some(old) = self.slots.slot(self.slot.id()) else {
-            return if new.size == 0 { Err(absent()) } else { Ok(Change::Create) };
+            return if new.size == 0 { Err(absent(new.slot)) } else { Ok(Change::Create) };
         };
         let old = &old.region;
         if new.size == 0 {
@@ -307,8 +307,8 @@ impl Check<'_> {
     }
 }
 
-fn absent() -> Error {
-    Error::invalid(Reason::MemslotAbsent, "there is no memslot of that number to delete")
+fn absent(slot: SlotId) -> Error {
+    Error::invalid(Reason::MemslotAbsent, format!("there is no memslot {slot:#x} to delete"))
         .hint("check the number; a handle must be told of every slot there is (kvmprep_memslot_note)")
 }
 
