@@ -41,12 +41,16 @@ impl Programs {
         self.libraries.join("libkvmprep.so.0")
     }
 
-    /// Builds `c-tests/NAME.c`.
+    /// Builds `c-tests/NAME.c`, with the files of `c-tests/NAME/` where it has such.
     pub fn build(&self, name: &str) -> Result<PathBuf> {
         let tests = project::root().join("c-tests");
         let program = self.programs.join(name);
         let mut compiler = self.compiler(&tests, name);
         compiler.args(support_sources(&tests.join("support"))?);
+        let own = tests.join(name);
+        if own.is_dir() {
+            compiler.args(support_sources(&own)?);
+        }
         compiler.arg("-L").arg(&self.libraries).args(["-lkvmprep", "-pthread", "-o"]).arg(&program);
         project::run(&mut compiler).with_context(|| format!("c-tests/{name}.c does not compile"))?;
         Ok(program)
@@ -86,7 +90,7 @@ pub fn test_names() -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// What the programs share.
+/// The C files of a directory: what the programs share, or what one of them is made of.
 pub fn support_sources(directory: &Path) -> Result<Vec<PathBuf>> {
     let entries =
         std::fs::read_dir(directory).with_context(|| format!("cannot list {}", directory.display()))?;

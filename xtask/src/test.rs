@@ -151,7 +151,7 @@ fn cargo_tests(lane: &mut Lane, what: &str, arguments: &[&str], environment: &[(
 
 fn c_sources() -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
-    for directory in ["c-tests", "c-tests/support", "consumers/src"] {
+    for directory in ["c-tests", "c-tests/diff_memslots", "c-tests/support", "consumers/src"] {
         for entry in std::fs::read_dir(project::root().join(directory))? {
             let path = entry?.path();
             let extension = path.extension().unwrap_or_default();
@@ -239,6 +239,10 @@ fn run_in_bed(
     guest.add(program, "/test", &[libraries])?;
     guest.timeout = PROGRAM_TIMEOUT * scale;
     guest.env.push(("KVMPREP_TEST_SCALE".into(), scale.to_string()));
+    if scale > 1 {
+        // Tests do the same each time; a soak looks for what they have not met.
+        guest.env.push(("KVMPREP_DIFF_SEED".into(), bed::seed_of_the_day().to_string()));
+    }
     bed::run(bed, kernel, &guest, &mut |_| {})
 }
 

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
 
 use super::qemu::Qemu;
-use super::{Bed, Guest, Kernel, ResolveError, ResolvedKernel, cache, kernel, vmm};
+use super::{Bed, Guest, Kernel, ResolveError, ResolvedKernel, cache, diff, kernel, vmm};
 
 /// The exit status when the bed, rather than the program in it, failed; as of env(1) and its like.
 const BED_FAILED: i32 = 125;
@@ -36,6 +36,8 @@ enum Command {
     Run(Run),
     /// Boot and restore a Linux guest under QEMU, with and without the library, and count its faults.
     Qemu(vmm::Cli),
+    /// Put random operations to the library and to real kernels, which must agree.
+    Diff(diff::Cli),
 }
 
 #[derive(Args)]
@@ -86,6 +88,7 @@ pub fn main(cli: Cli) -> Result<()> {
         Command::List => (list(&bed).map(|()| 0), 1),
         Command::Run(arguments) => (run(&bed, &arguments), BED_FAILED),
         Command::Qemu(arguments) => (vmm::main(&bed, &arguments).map(|()| 0), 1),
+        Command::Diff(arguments) => (diff::main(&bed, &arguments).map(|()| 0), 1),
     };
     // Not left to the caller: a person wants the reason, not where in this program it came up.
     let status = done.unwrap_or_else(|error| {

@@ -16,6 +16,7 @@ mod apt;
 mod boot;
 mod cache;
 mod cli;
+mod diff;
 mod guest;
 mod headers;
 mod initramfs;
@@ -39,6 +40,7 @@ use anyhow::Result;
 
 pub use boot::Outcome;
 pub use cli::{Cli, main};
+pub use diff::seed_of_the_day;
 pub use guest::Guest;
 pub use headers::KernelHeaders;
 pub use kernel::{Kernel, ResolvedKernel};

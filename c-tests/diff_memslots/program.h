@@ -1,0 +1,13 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/*
+ * Prints a sequence as a C program that needs nothing of ours, for whoever wants to see the kernel do it.
+ */
+#ifndef PROGRAM_H
+#define PROGRAM_H
+
+#include "operation.h"
+
+/* `found` is told in the program's opening comment. */
+void program_print(const struct sequence *sequence, const char *found);
+
+#endif
