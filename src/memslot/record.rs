@@ -2,102 +2,133 @@
 //!
 //! It says what is; whether a change is wise is for others. A change is refused whole or made whole.
 
-use super::{Memslot, SlotId, Slots, address_space};
+use super::{Memslot, SlotId, Slots, address_space, slot_number};
 use crate::kvm::{FileId, Kernel};
 use crate::range::Range;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// All slots of one guest.
 #[derive(Clone, Debug, Default)]
 pub struct SlotRecord {
-    by_id: BTreeMap<SlotId, Entry>,
-    /// (address space, first byte) to slot: no two slots of an address space overlap.
-    by_place: BTreeMap<(u32, u64), SlotId>,
+    spaces: BTreeMap<u32, Space>,
     /// (guest_memfd, first byte of it) to slot: no byte is bound to two slots.
     by_binding: BTreeMap<(FileId, u64), SlotId>,
-    /// How many slots are changing.
-    changing: usize,
+    /// The guest_memfds of those that have one, where that could be told when they were put in.
+    files: BTreeMap<SlotId, FileId>,
+    /// Those that are changing.
+    changing: BTreeSet<SlotId>,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Entry {
-    slot: Memslot,
-    range: Range,
-    /// Its guest_memfd, where that could be told when it was put in.
-    file: Option<FileId>,
-    changing: bool,
+/// One address space. Its slots are many and small, so most of what a new one costs is fresh memory: it is kept dense.
+#[derive(Clone, Debug, Default)]
+struct Space {
+    /// By number, of which there are 65536 at most.
+    shelves: Vec<Option<Box<Shelf>>>,
+    /// First byte to one past the last, and to the slot's number. No two overlap.
+    by_place: BTreeMap<u64, (u64, SlotId)>,
+}
+
+/// Slots of consecutive numbers.
+type Shelf = [Option<Memslot>; SHELF];
+const SHELF: usize = 64;
+
+impl Space {
+    fn get(&self, id: SlotId) -> Option<&Memslot> {
+        let number = slot_number(id) as usize;
+        self.shelves.get(number / SHELF)?.as_ref()?[number % SHELF].as_ref()
+    }
+
+    /// The last slot, but for `id` itself, that begins before `end`.
+    fn last_before(&self, end: u64, id: Option<SlotId>) -> Option<(SlotId, Range)> {
+        let mut before = self.by_place.range(..end).rev();
+        let (start, (end, id)) = before.find(|(_, (_, other))| Some(*other) != id)?;
+        Some((*id, Range { start: *start, end: *end }))
+    }
+
+    /// The slots that have something of `range`, by place.
+    fn touching(&self, range: Range) -> impl Iterator<Item = (Range, &Memslot)> {
+        let first = self.last_before(range.start, None).map_or(range.start, |(_, place)| place.start);
+        let held = self.by_place.range(first..range.end).filter(move |(_, (end, _))| *end > range.start);
+        held.filter_map(|(start, (end, id))| Some((Range { start: *start, end: *end }, self.get(*id)?)))
+    }
+
+    fn take(&mut self, id: SlotId) -> Option<Memslot> {
+        let number = slot_number(id) as usize;
+        let old = self.shelves.get_mut(number / SHELF)?.as_mut()?[number % SHELF].take()?;
+        self.by_place.remove(&old.region.gpa);
+        Some(old)
+    }
+
+    fn put(&mut self, slot: &Memslot, range: Range) {
+        let number = slot_number(slot.id()) as usize;
+        if self.shelves.len() <= number / SHELF {
+            self.shelves.resize_with(number / SHELF + 1, || None);
+        }
+        let shelf = self.shelves[number / SHELF].get_or_insert_with(|| Box::new([None; SHELF]));
+        shelf[number % SHELF] = Some(*slot);
+        self.by_place.insert(range.start, (range.end, slot.id()));
+    }
 }
 
 impl SlotRecord {
     /// The slot of that number.
     pub fn get(&self, id: SlotId) -> Option<&Memslot> {
-        self.by_id.get(&id).map(|entry| &entry.slot)
+        self.spaces.get(&address_space(id))?.get(id)
     }
 
     /// Whether a change of that slot has been announced and not yet noted.
     pub fn is_changing(&self, id: SlotId) -> bool {
-        self.by_id.get(&id).is_some_and(|entry| entry.changing)
+        self.changing.contains(&id)
     }
 
     /// Whether a change of any slot has been announced and not yet noted.
     pub fn is_any_changing(&self) -> bool {
-        self.changing > 0
+        !self.changing.is_empty()
     }
 
     /// Marks a known slot as about to change, or not any more.
     pub fn set_changing(&mut self, id: SlotId, changing: bool) {
-        if let Some(entry) = self.by_id.get_mut(&id) {
-            self.changing -= usize::from(entry.changing);
-            self.changing += usize::from(changing);
-            entry.changing = changing;
+        if !changing {
+            self.changing.remove(&id);
+        } else if self.get(id).is_some() {
+            self.changing.insert(id);
         }
     }
 
     /// All slots of one address space, by place.
     pub fn of_address_space(&self, space: u32) -> impl Iterator<Item = (Range, &Memslot)> {
-        self.by_place
-            .range((space, 0)..=(space, u64::MAX))
-            .filter_map(|(_, id)| self.by_id.get(id).map(|entry| (entry.range, &entry.slot)))
+        self.touching(space, Range { start: 0, end: u64::MAX })
     }
 
     /// The slots that `range` of an address space touches, by place.
     pub fn touching(&self, space: u32, range: Range) -> impl Iterator<Item = (Range, &Memslot)> {
-        let first = self
-            .by_place
-            .range((space, 0)..=(space, range.start))
-            .next_back()
-            .map_or(range.start, |(k, _)| k.1);
-        self.by_place
-            .range((space, first)..(space, range.end))
-            .filter_map(|(_, id)| self.by_id.get(id))
-            .filter(move |entry| entry.range.overlaps(&range))
-            .map(|entry| (entry.range, &entry.slot))
+        self.spaces.get(&space).into_iter().flat_map(move |space| space.touching(range))
     }
 
     /// Puts `slot` in, in place of the one with its number; one without size takes that one out. `file` is its
     /// guest_memfd. The caller has checked for room. Returns what was there.
     pub fn replace(&mut self, slot: &Memslot, file: Option<FileId>) -> Option<Memslot> {
-        let old = self.by_id.remove(&slot.id());
-        if let Some(old) = &old {
-            self.changing -= usize::from(old.changing);
-            self.by_place.remove(&(address_space(slot.id()), old.range.start));
-            if let Some(file) = old.file {
-                self.by_binding.remove(&(file, old.slot.region.guest_memfd_offset));
-            }
+        let id = slot.id();
+        let space = self.spaces.entry(address_space(id)).or_default();
+        let old = space.take(id);
+        if let (Some(old), Some(file)) = (&old, self.files.remove(&id)) {
+            self.by_binding.remove(&(file, old.region.guest_memfd_offset));
         }
+        self.changing.remove(&id);
         if let Some(range) = slot.range() {
-            self.by_id.insert(slot.id(), Entry { slot: *slot, range, file, changing: false });
-            self.by_place.insert((address_space(slot.id()), range.start), slot.id());
+            space.put(slot, range);
             if let Some(file) = file {
-                self.by_binding.insert((file, slot.region.guest_memfd_offset), slot.id());
+                self.files.insert(id, file);
+                self.by_binding.insert((file, slot.region.guest_memfd_offset), id);
             }
         }
-        old.map(|entry| entry.slot)
+        old
     }
 
     /// All slots, by number.
     pub fn iter(&self) -> impl Iterator<Item = &Memslot> {
-        self.by_id.values().map(|entry| &entry.slot)
+        let shelves = self.spaces.values().flat_map(|space| space.shelves.iter().flatten());
+        shelves.flat_map(|shelf| shelf.iter().flatten())
     }
 }
 
@@ -107,14 +138,14 @@ impl Slots for SlotRecord {
     }
 
     fn overlapping(&self, range: Range, id: SlotId) -> Option<(SlotId, Range)> {
-        let mut others = self.touching(address_space(id), range).filter(|(_, other)| other.id() != id);
-        others.next().map(|(place, other)| (other.id(), place))
+        // No two overlap: if any reaches into the range, it is the last that begins before its end.
+        let last = self.spaces.get(&address_space(id))?.last_before(range.end, Some(id))?;
+        last.1.overlaps(&range).then_some(last)
     }
 
     fn bound(&self, _: &dyn Kernel, file: FileId, part: Range) -> Option<SlotId> {
-        // No two of a file overlap: only the last that begins before the part's end can reach into it.
         let (_, id) = self.by_binding.range((file, 0)..(file, part.end)).next_back()?;
-        let region = self.by_id.get(id)?.slot.region;
+        let region = self.get(*id)?.region;
         Range::new(region.guest_memfd_offset, region.size)?.overlaps(&part).then_some(*id)
     }
 }
@@ -163,6 +194,44 @@ mod tests {
         assert_eq!((error.errno, error.slot, error.other_slot), (libc::EEXIST, Some(8), Some(7)));
         check_overlap(&record, &slot(7, 0x2000, 0x1000)).unwrap();
         check_overlap(&record, &slot(0x10008, 0x2000, 0x1000)).unwrap();
+    }
+
+    #[test]
+    fn no_byte_of_a_guest_memfd_is_bound_twice() {
+        let kernel = crate::kvm::Linux::default();
+        let file = |inode| FileId { device: 1, inode };
+        let bound = |id, offset, size| {
+            let mut slot = slot(id, u64::from(id) << 32, size);
+            slot.region.guest_memfd_offset = offset;
+            slot
+        };
+        let mut record = SlotRecord::default();
+        record.replace(&bound(1, 0x1000, 0x2000), Some(file(7)));
+        record.replace(&bound(2, 0x3000, 0x1000), Some(file(7)));
+        record.replace(&bound(3, 0, 0x1000), Some(file(8)));
+        let holder =
+            |record: &SlotRecord, inode, start, end| record.bound(&kernel, file(inode), Range { start, end });
+        assert_eq!(holder(&record, 7, 0, 0x1000), None);
+        assert_eq!(holder(&record, 7, 0, 0x1001), Some(1));
+        assert_eq!(holder(&record, 7, 0x2000, 0x8000), Some(2));
+        assert_eq!(holder(&record, 7, 0x4000, 0x8000), None);
+        assert_eq!(holder(&record, 8, 0, 0x8000), Some(3));
+        assert_eq!(holder(&record, 9, 0, 0x8000), None);
+        record.replace(&slot(2, 0, 0), None);
+        assert_eq!(holder(&record, 7, 0x3000, 0x4000), None);
+        record.replace(&bound(1, 0x5000, 0x1000), Some(file(7)));
+        assert_eq!(holder(&record, 7, 0x1000, 0x3000), None);
+    }
+
+    #[test]
+    fn numbers_may_be_far_apart() {
+        let mut record = SlotRecord::default();
+        for (id, gpa) in [(0xffff, 0x1000), (0, 0x2000), (0x1_8000, 0x1000), (0x7ffb, 0x3000)] {
+            record.replace(&slot(id, gpa, 0x1000), None);
+        }
+        assert_eq!(record.iter().map(Memslot::id).collect::<Vec<_>>(), [0, 0x7ffb, 0xffff, 0x1_8000]);
+        assert_eq!(record.get(0xffff).unwrap().region.gpa, 0x1000);
+        assert!(record.get(0xfffe).is_none());
     }
 
     #[test]
