@@ -53,14 +53,15 @@ static uint64_t memory_known(struct setting *s) {
 
 static void version_and_names(void) {
     CHECK_EQ(kvmprep_version(), KVMPREP_VERSION);
-    for (uint32_t reason = 0; reason <= KVMPREP_REASON_NOT_FINISHED; reason++) {
+    for (uint32_t reason = 0; reason <= KVMPREP_REASON_RANGE_INEXACT; reason++) {
         const char *name = kvmprep_reason_name(reason);
         CHECK(name != NULL && name[0] != 0 && strcmp(name, "unknown") != 0);
         for (uint32_t other = 0; other < reason; other++)
             CHECK(strcmp(name, kvmprep_reason_name(other)) != 0);
     }
     CHECK(strcmp(kvmprep_reason_name(KVMPREP_REASON_NO_MEMSLOT), "no-memslot") == 0);
-    CHECK(strcmp(kvmprep_reason_name(KVMPREP_REASON_NOT_FINISHED + 1), "unknown") == 0);
+    CHECK(strcmp(kvmprep_reason_name(KVMPREP_REASON_RANGE_INEXACT), "range-inexact") == 0);
+    CHECK(strcmp(kvmprep_reason_name(KVMPREP_REASON_RANGE_INEXACT + 1), "unknown") == 0);
     CHECK(strcmp(kvmprep_reason_name(UINT32_MAX), "unknown") == 0);
 }
 
@@ -68,6 +69,7 @@ static void version_and_names(void) {
 static void no_handle(void) {
     struct kvmprep_error err;
     struct kvmprep_memslot slot = KVMPREP_MEMSLOT_INIT;
+    struct kvmprep_memslot_report report;
     struct kvmprep_range range = range_of(0, PAGE);
     struct kvmprep_coverage coverage;
     struct kvmprep_populate_result result;
@@ -80,6 +82,7 @@ static void no_handle(void) {
 #define CHECK_NULL(call) CHECK_ERR(call, err, EINVAL, KVMPREP_REASON_NULL_POINTER)
     CHECK_NULL(kvmprep_vm_set_memslots(NULL, &slot, 1, &err));
     CHECK_NULL(kvmprep_memslot_set(NULL, &slot, &err));
+    CHECK_NULL(kvmprep_vm_check_memslot(NULL, &slot, 0, &report, sizeof(report), &err));
     CHECK_NULL(kvmprep_memslot_changing(NULL, 0, &err));
     CHECK_NULL(kvmprep_memslot_note(NULL, &slot, &err));
     CHECK_NULL(kvmprep_range_discarded(NULL, &range, &err));
@@ -102,6 +105,7 @@ static void no_handle(void) {
 static void misaligned_handle(void) {
     struct kvmprep_error err;
     struct kvmprep_memslot slot = KVMPREP_MEMSLOT_INIT;
+    struct kvmprep_memslot_report report;
     struct kvmprep_range range = range_of(0, PAGE);
     struct kvmprep_coverage coverage;
     struct kvmprep_populate_result result;
@@ -117,6 +121,7 @@ static void misaligned_handle(void) {
     CHECK_EQ(kvmprep_job_free(bad_job), -EINVAL);
     CHECK_MISALIGNED(kvmprep_vm_set_memslots(bad_vm, &slot, 1, &err));
     CHECK_MISALIGNED(kvmprep_memslot_set(bad_vm, &slot, &err));
+    CHECK_MISALIGNED(kvmprep_vm_check_memslot(bad_vm, &slot, 0, &report, sizeof(report), &err));
     CHECK_MISALIGNED(kvmprep_memslot_changing(bad_vm, 0, &err));
     CHECK_MISALIGNED(kvmprep_memslot_note(bad_vm, &slot, &err));
     CHECK_MISALIGNED(kvmprep_range_discarded(bad_vm, &range, &err));
@@ -175,6 +180,133 @@ static void without_a_handle(void) {
               KVMPREP_REASON_BAD_VALUE);
 }
 
+/* What kvmprep_probe() would say of an ordinary VM, for the functions that need none. */
+static struct kvmprep_caps caps_of_a_vm(void) {
+    struct kvmprep_caps caps;
+    memset(&caps, 0, sizeof(caps));
+    caps.read_only_memslots = caps.nested_paging = caps.user_memory2 = 1;
+    caps.memslots = 32764;
+    caps.address_spaces = 2;
+    caps.gpa_bits = 46;
+    caps.hva_end = (1ull << 47) - PAGE;
+    caps.kernel_release = 6 << 16 | 12 << 8;
+    return caps;
+}
+
+/* The checks that need no handle: pointers, sizes, lists and rules. The report is left alone. */
+static void memslots_without_a_handle(void) {
+    struct kvmprep_error err;
+    struct kvmprep_memslot_report report, before;
+    struct kvmprep_caps caps = caps_of_a_vm();
+    struct kvmprep_memslot slot = KVMPREP_MEMSLOT_INIT, other;
+    struct kvmprep_range range = range_of(MEMORY_GPA, PAGE);
+    slot.gpa = MEMORY_GPA;
+    slot.size = SIZE;
+    other = slot;
+    other.slot = 1;
+    other.gpa += SIZE;
+    memset(&report, 0xa5, sizeof(report));
+    before = report;
+
+/* In both functions. */
+#define CHECK_BOTH(code, why, caps, caps_size, slot, report, report_size)                                    \
+    do {                                                                                                     \
+        CHECK_ERR(kvmprep_memslot_check(caps, caps_size, NULL, 0, slot, 0, report, report_size, &err), err,  \
+                  code, why);                                                                                \
+        CHECK_ERR(kvmprep_memslot_predict(caps, caps_size, slot, NULL, NULL, 0, report, report_size, &err),  \
+                  err, code, why);                                                                           \
+    } while (0)
+    const size_t size = sizeof(caps), report_size = sizeof(report);
+    CHECK_BOTH(EINVAL, KVMPREP_REASON_NULL_POINTER, NULL, size, &slot, &report, report_size);
+    CHECK_BOTH(EINVAL, KVMPREP_REASON_MISALIGNED_POINTER, MISALIGNED(&caps), size, &slot, &report,
+               report_size);
+    CHECK_BOTH(EINVAL, KVMPREP_REASON_NULL_POINTER, &caps, size, NULL, &report, report_size);
+    CHECK_BOTH(EINVAL, KVMPREP_REASON_MISALIGNED_POINTER, &caps, size, MISALIGNED(&slot), &report,
+               report_size);
+    CHECK_BOTH(EINVAL, KVMPREP_REASON_MISALIGNED_POINTER, &caps, size, &slot, MISALIGNED(&report),
+               report_size);
+    CHECK_BOTH(EINVAL, KVMPREP_REASON_STRUCT_SIZE, &caps, size, &slot, &report, 0);
+    CHECK_BOTH(EINVAL, KVMPREP_REASON_STRUCT_SIZE, &caps, size, &slot, &report, 4097);
+    CHECK_BOTH(EINVAL, KVMPREP_REASON_STRUCT_SIZE, &caps, size, &slot, &report, SIZE_MAX);
+    /* The caps of versions that could not be passed in, and of none. */
+    const size_t wrong[] = {0, 1, 56, size - 1, 4097, SIZE_MAX};
+    for (size_t i = 0; i < sizeof(wrong) / sizeof(wrong[0]); i++)
+        CHECK_BOTH(EINVAL, KVMPREP_REASON_STRUCT_SIZE, &caps, wrong[i], &slot, &report, report_size);
+    /* Those of a newer version, that says something new; and that does not. */
+    union {
+        struct kvmprep_caps caps;
+        unsigned char space[256];
+    } newer;
+    memset(&newer, 0, sizeof(newer));
+    newer.caps = caps;
+    newer.space[size + 7] = 1;
+    CHECK_BOTH(E2BIG, KVMPREP_REASON_STRUCT_SIZE, &newer.caps, size + 8, &slot, &report, report_size);
+#undef CHECK_BOTH
+    CHECK(memcmp(&report, &before, sizeof(report)) == 0);
+    newer.space[size + 7] = 0;
+    CHECK_OK(kvmprep_memslot_check(&newer.caps, size + 8, NULL, 0, &slot, 0, NULL, 0, &err), err);
+    newer.space[size + 7] = 1; /* beyond what was passed */
+    CHECK_OK(kvmprep_memslot_check(&newer.caps, size + 7, NULL, 0, &slot, 0, NULL, 0, &err), err);
+
+    /* A prediction without a report would be for nothing. */
+    CHECK_ERR(kvmprep_memslot_predict(&caps, size, &slot, NULL, NULL, 0, NULL, 0, &err), err, EINVAL,
+              KVMPREP_REASON_NULL_POINTER);
+
+    /* The list of slots that there are. */
+#define CHECK_LIST(list, n, why)                                                                             \
+    CHECK_ERR(kvmprep_memslot_check(&caps, size, list, n, &slot, 0, &report, report_size, &err), err,        \
+              EINVAL, why)
+    CHECK_LIST(NULL, 1, KVMPREP_REASON_NULL_POINTER);
+    CHECK_LIST(MISALIGNED(&other), 1, KVMPREP_REASON_MISALIGNED_POINTER);
+    CHECK_LIST(&other, SIZE_MAX / 2, KVMPREP_REASON_BAD_VALUE);
+    struct kvmprep_memslot list[2] = {other, other};
+    list[1].size = 0;
+    CHECK_LIST(list, 2, KVMPREP_REASON_BAD_VALUE);
+    CHECK(strstr(err.message, "existing[1]") != NULL);
+    list[1] = other;
+    list[1].reserved[3] = 1;
+    CHECK_LIST(list, 2, KVMPREP_REASON_RESERVED_NOT_ZERO);
+    list[1] = other;
+    list[1].backing = 10;
+    CHECK_LIST(list, 2, KVMPREP_REASON_BAD_VALUE);
+#undef CHECK_LIST
+    CHECK_OK(kvmprep_memslot_check(&caps, size, MISALIGNED(&other), 0, &slot, 0, NULL, 0, &err), err);
+    CHECK_OK(kvmprep_memslot_check(&caps, size, &other, 1, &slot, 0, NULL, 0, &err), err);
+    CHECK_ERR(kvmprep_memslot_check(&caps, size, NULL, 0, &slot, 4, NULL, 0, &err), err, EINVAL,
+              KVMPREP_REASON_BAD_VALUE);
+
+    /* The part that is asked about, and what of it is private. */
+#define CHECK_PART(range, private_memory, n, why)                                                            \
+    CHECK_ERR(                                                                                               \
+        kvmprep_memslot_predict(&caps, size, &slot, range, private_memory, n, &report, report_size, &err),   \
+        err, EINVAL, why)
+    CHECK_PART(MISALIGNED(&range), NULL, 0, KVMPREP_REASON_MISALIGNED_POINTER);
+    CHECK_PART(NULL, MISALIGNED(&range), 1, KVMPREP_REASON_MISALIGNED_POINTER);
+    CHECK_PART(NULL, &range, SIZE_MAX / 2, KVMPREP_REASON_BAD_VALUE);
+    const struct {
+        struct kvmprep_range range;
+        uint32_t reason;
+    } parts[] = {
+        {{MEMORY_GPA, 0, {0, 0}}, KVMPREP_REASON_RANGE_EMPTY},
+        {{MEMORY_GPA + 1, PAGE, {0, 0}}, KVMPREP_REASON_RANGE_UNALIGNED},
+        {{0 - PAGE, PAGE, {0, 0}}, KVMPREP_REASON_RANGE_OVERFLOW},
+        {{MEMORY_GPA, PAGE, {1, 0}}, KVMPREP_REASON_RESERVED_NOT_ZERO},
+        {{MEMORY_GPA - PAGE, 2 * PAGE, {0, 0}}, KVMPREP_REASON_BAD_VALUE},
+        {{MEMORY_GPA, SIZE + PAGE, {0, 0}}, KVMPREP_REASON_BAD_VALUE},
+        {{MEMORY_GPA + SIZE, PAGE, {0, 0}}, KVMPREP_REASON_BAD_VALUE},
+    };
+    for (size_t i = 0; i < sizeof(parts) / sizeof(parts[0]); i++) {
+        struct kvmprep_range private_too[2] = {range, parts[i].range};
+        CHECK_PART(&parts[i].range, NULL, 0, parts[i].reason);
+        if (parts[i].reason != KVMPREP_REASON_BAD_VALUE) /* what lies outside the slot is ignored */
+            CHECK_PART(NULL, private_too, 2, parts[i].reason);
+    }
+    slot.size = 0;
+    CHECK_PART(NULL, NULL, 0, KVMPREP_REASON_RANGE_EMPTY);
+#undef CHECK_PART
+    CHECK(memcmp(&report, &before, sizeof(report)) == 0);
+}
+
 /* A vCPU's range is checked before the descriptor is looked at. What is left of it is all of it. */
 static void range_of_a_pre_fault(void) {
     struct kvmprep_error err;
@@ -226,26 +358,45 @@ static void config_of_a_handle(void) {
         config.gpa_bits = wrong_bits[i];
         CHECK_ERR(kvmprep_vm_new(&config, &out, &err), err, EINVAL, KVMPREP_REASON_BAD_VALUE);
     }
+    config.gpa_bits = 0;
+    config.gpa_shared_bit = 52;
+    CHECK_ERR(kvmprep_vm_new(&config, &out, &err), err, EINVAL, KVMPREP_REASON_BAD_VALUE);
+    config.gpa_shared_bit = 51;
+    CHECK_ERR(kvmprep_vm_new(&config, &out, &err), err, EBADF, KVMPREP_REASON_BAD_FD);
+    config.vm_fd = 0; /* some descriptor */
+    config.alignment_rule = KVMPREP_ALIGN_SLOT + 1;
+    CHECK_ERR(kvmprep_vm_new(&config, &out, &err), err, EINVAL, KVMPREP_REASON_BAD_VALUE);
+    config.alignment_rule = KVMPREP_ALIGN_STRICT << 1;
+    CHECK_ERR(kvmprep_vm_new(&config, &out, &err), err, EINVAL, KVMPREP_REASON_BAD_VALUE);
+    config.alignment_rule = KVMPREP_ALIGN_STRICT | KVMPREP_ALIGN_SLOT;
+    CHECK_ERR(kvmprep_vm_new(&config, &out, &err), err, EBADF, KVMPREP_REASON_BAD_FD);
+    config.reserved = 1;
+    CHECK_ERR(kvmprep_vm_new(&config, &out, &err), err, EINVAL, KVMPREP_REASON_RESERVED_NOT_ZERO);
     CHECK(out == before);
 }
 
 /*
- * A struct that applications fill in: refused where its size is none that any version had; taken from a newer
- * application as long as that uses nothing new. Both are decoded by one piece of code; each is tried all the
- * same.
+ * A struct that applications fill in: refused where its size is less than that of the first version; taken
+ * from an older application, and from a newer one as long as that uses nothing new. Both are decoded by one
+ * piece of code; each is tried all the same.
  */
-static void check_input_sizes(void *newer, size_t size,
+static void check_input_sizes(void *newer, size_t first, size_t size,
                               int (*use)(const void *input, struct kvmprep_error *err), int expected,
                               uint32_t expected_reason) {
     struct kvmprep_error err;
     uint32_t *struct_size = newer;
     unsigned char *tail = (unsigned char *)newer + size;
-    const uint32_t wrong[] = {0, 1, (uint32_t)size - 1, 4097, UINT32_MAX};
+    const uint32_t wrong[] = {0, 1, (uint32_t)first - 1, 4097, UINT32_MAX};
 
     for (size_t i = 0; i < sizeof(wrong) / sizeof(wrong[0]); i++) {
         *struct_size = wrong[i];
         CHECK_ERR(use(newer, &err), err, EINVAL, KVMPREP_REASON_STRUCT_SIZE);
     }
+    /* Of an older application's struct no more is read than it has. */
+    *struct_size = (uint32_t)first;
+    memset((unsigned char *)newer + first, 0xa5, size - first);
+    CHECK_ERR(use(newer, &err), err, expected, expected_reason);
+    memset((unsigned char *)newer + first, 0, size - first);
     *struct_size = (uint32_t)size + 24;
     memset(tail, 0, 24);
     CHECK_ERR(use(newer, &err), err, expected, expected_reason);
@@ -267,7 +418,7 @@ static void size_of_a_config(void) {
         unsigned char space[256];
     } newer = {KVMPREP_VM_CONFIG_INIT};
     /* A well-sized struct comes as far as its descriptor, which is -1. */
-    check_input_sizes(&newer, sizeof(newer.config), use_config, EBADF, KVMPREP_REASON_BAD_FD);
+    check_input_sizes(&newer, 16, sizeof(newer.config), use_config, EBADF, KVMPREP_REASON_BAD_FD);
 }
 
 /* The error is written whole on every call, over whatever was there, and needs no place at all. */
@@ -320,6 +471,7 @@ static void no_error_wanted(void) {
     struct kvmprep_range range = range_of(MEMORY_GPA, SIZE);
     struct kvmprep_caps caps;
     struct kvmprep_fault_stats stats;
+    struct kvmprep_memslot_report report;
     struct kvmprep_coverage coverage;
     struct kvmprep_populate_result result;
     struct kvmprep_progress progress;
@@ -336,6 +488,11 @@ static void no_error_wanted(void) {
     CHECK_EQ(kvmprep_memslot_changing(second, MEMORY_SLOT, NULL), 0);
     CHECK_EQ(kvmprep_memslot_note(second, &s.slot, NULL), 0);
     CHECK_EQ(kvmprep_memslot_set(second, &s.slot, NULL), 0);
+    CHECK_EQ(kvmprep_vm_check_memslot(second, &s.slot, 0, NULL, 0, NULL), 0);
+    CHECK_EQ(kvmprep_memslot_check(&caps, sizeof(caps), &s.slot, 1, &s.slot, 0, NULL, 0, NULL), 0);
+    CHECK_EQ(
+        kvmprep_memslot_predict(&caps, sizeof(caps), &s.slot, &range, NULL, 0, &report, sizeof(report), NULL),
+        0);
     CHECK_EQ(kvmprep_range_discarded(second, &range, NULL), 0);
     CHECK_EQ(kvmprep_host_range_discarded(second, (void *)(uintptr_t)s.slot.hva, 4096, NULL), 0);
     CHECK_EQ(kvmprep_get_coverage(second, &range, &coverage, sizeof(coverage), NULL), 0);
@@ -362,6 +519,7 @@ static void pointers(void) {
     struct kvmprep_job *job = job_of(&s);
     struct kvmprep_range range = range_of(MEMORY_GPA, SIZE);
     struct kvmprep_coverage coverage;
+    struct kvmprep_memslot_report report;
     struct kvmprep_populate_opts opts = KVMPREP_POPULATE_OPTS_INIT;
     struct kvmprep_populate_result result;
     struct kvmprep_progress progress;
@@ -379,6 +537,7 @@ static void pointers(void) {
     CHECK_POINTER(kvmprep_vm_set_memslots(s.handle, where, 1, &s.err), &s.slot);
     CHECK_POINTER(kvmprep_memslot_set(s.handle, where, &s.err), &s.slot);
     CHECK_POINTER(kvmprep_memslot_note(s.handle, where, &s.err), &s.slot);
+    CHECK_POINTER(kvmprep_vm_check_memslot(s.handle, where, 0, &report, sizeof(report), &s.err), &s.slot);
     CHECK_POINTER(kvmprep_range_discarded(s.handle, where, &s.err), &range);
     CHECK_POINTER(kvmprep_get_coverage(s.handle, where, &coverage, sizeof(coverage), &s.err), &range);
     CHECK_POINTER(kvmprep_get_coverage(s.handle, &range, where, sizeof(coverage), &s.err), &coverage);
@@ -413,6 +572,9 @@ static void pointers(void) {
     CHECK_ERR(kvmprep_job_wait(job, 0, MISALIGNED(&result), sizeof(result), &s.err), s.err, EINVAL,
               KVMPREP_REASON_MISALIGNED_POINTER);
     CHECK_ERR(kvmprep_job_wait(job, 0, NULL, 0, &s.err), s.err, ETIMEDOUT, KVMPREP_REASON_NOT_FINISHED);
+    CHECK_ERR(kvmprep_vm_check_memslot(s.handle, &s.slot, 0, MISALIGNED(&report), sizeof(report), &s.err),
+              s.err, EINVAL, KVMPREP_REASON_MISALIGNED_POINTER);
+    CHECK_OK(kvmprep_vm_check_memslot(s.handle, &s.slot, 0, NULL, 0, &s.err), s.err);
     CHECK_OK(kvmprep_job_remaining(job, NULL, 0, &n, &s.err), s.err);
     CHECK_EQ(n, 1);
     CHECK(out == NULL);
@@ -451,8 +613,8 @@ static void size_of_the_options(void) {
     setting_of_opts = &s;
     /* A well-sized struct comes as far as its intent. */
     newer.opts.intent = 77;
-    check_input_sizes(&newer, sizeof(newer.opts), use_opts, EINVAL, KVMPREP_REASON_BAD_VALUE);
-    check_input_sizes(&newer, sizeof(newer.opts), use_job_opts, EINVAL, KVMPREP_REASON_BAD_VALUE);
+    check_input_sizes(&newer, 72, sizeof(newer.opts), use_opts, EINVAL, KVMPREP_REASON_BAD_VALUE);
+    check_input_sizes(&newer, 72, sizeof(newer.opts), use_job_opts, EINVAL, KVMPREP_REASON_BAD_VALUE);
     setting_end(&s);
 }
 
@@ -522,6 +684,23 @@ static int fill_progress(void *context, void *out, size_t size, struct kvmprep_e
     return kvmprep_job_progress(context, out, size, err);
 }
 
+static int fill_report_of_handle(void *context, void *out, size_t size, struct kvmprep_error *err) {
+    struct setting *s = context;
+    return kvmprep_vm_check_memslot(s->handle, &s->slot, 0, out, size, err);
+}
+
+static int fill_report(void *context, void *out, size_t size, struct kvmprep_error *err) {
+    struct setting *s = context;
+    const struct kvmprep_caps caps = caps_of_a_vm();
+    return kvmprep_memslot_check(&caps, sizeof(caps), NULL, 0, &s->slot, 0, out, size, err);
+}
+
+static int fill_prediction(void *context, void *out, size_t size, struct kvmprep_error *err) {
+    struct setting *s = context;
+    const struct kvmprep_caps caps = caps_of_a_vm();
+    return kvmprep_memslot_predict(&caps, sizeof(caps), &s->slot, NULL, NULL, 0, out, size, err);
+}
+
 static void sizes_of_outputs(void) {
     struct setting s = setting_make(ANON_4K, SIZE);
     struct kvmprep_populate_opts opts = KVMPREP_POPULATE_OPTS_INIT;
@@ -531,6 +710,9 @@ static void sizes_of_outputs(void) {
     check_output_sizes(&s, sizeof(struct kvmprep_fault_stats), fill_stats);
     check_output_sizes(&s, sizeof(struct kvmprep_coverage), fill_coverage);
     check_output_sizes(&s, sizeof(struct kvmprep_populate_result), fill_result);
+    check_output_sizes(&s, sizeof(struct kvmprep_memslot_report), fill_report_of_handle);
+    check_output_sizes(&s, sizeof(struct kvmprep_memslot_report), fill_report);
+    check_output_sizes(&s, sizeof(struct kvmprep_memslot_report), fill_prediction);
     opts.flags = KVMPREP_POPULATE_HOST_ONLY;
     CHECK_OK(kvmprep_job_new(s.handle, NULL, 0, &opts, &job, &s.err), s.err);
     check_output_sizes(job, sizeof(struct kvmprep_progress), fill_progress);
@@ -614,20 +796,44 @@ static void ranges(void) {
 static void memslots(void) {
     struct setting s = setting_make(ANON_4K, SIZE);
     struct kvmprep_vm_config config = KVMPREP_VM_CONFIG_INIT;
+    struct kvmprep_memslot_report report;
+    struct kvmprep_caps caps;
     struct kvmprep_vm *narrow;
+    CHECK_OK(kvmprep_probe(-1, s.vm.fd, &caps, sizeof(caps), &s.err), s.err);
     config.vm_fd = s.vm.fd;
     config.gpa_bits = 36;
     CHECK_OK(kvmprep_vm_new(&config, &narrow, &s.err), s.err);
 
-#define CHECK_SLOT(code, why, ...)                                                                           \
+#define CHECK_TOLD(code, why, ...)                                                                           \
     do {                                                                                                     \
         struct kvmprep_memslot slot = s.slot;                                                                \
         slot.slot = 7;                                                                                       \
         slot.gpa = 2 * MEMORY_GPA;                                                                           \
         __VA_ARGS__;                                                                                         \
         CHECK_ERR(kvmprep_memslot_note(narrow, &slot, &s.err), s.err, code, why);                            \
-        CHECK_ERR(kvmprep_memslot_set(narrow, &slot, &s.err), s.err, code, why);                             \
         CHECK_ERR(kvmprep_vm_set_memslots(narrow, &slot, 1, &s.err), s.err, code, why);                      \
+        CHECK_EQ(s.err.slot, slot.slot);                                                                     \
+        if ((slot.flags & KVM_MEM_GUEST_MEMFD) && !caps.guest_memfd)                                         \
+            break; /* that is what is wrong with it then: see memslots.c */                                  \
+        CHECK_ERR(kvmprep_memslot_set(narrow, &slot, &s.err), s.err, code, why);                             \
+        CHECK_EQ(s.err.slot, slot.slot);                                                                     \
+        CHECK_ERR(kvmprep_vm_check_memslot(narrow, &slot, 0, NULL, 0, &s.err), s.err, code, why);            \
+        CHECK_EQ(s.err.slot, slot.slot);                                                                     \
+    } while (0)
+/* By itself, too. */
+#define CHECK_SLOT(code, why, ...)                                                                           \
+    do {                                                                                                     \
+        CHECK_TOLD(code, why, __VA_ARGS__);                                                                  \
+        struct kvmprep_memslot slot = s.slot;                                                                \
+        __VA_ARGS__;                                                                                         \
+        CHECK_ERR(kvmprep_memslot_predict(&caps, sizeof(caps), &slot, NULL, NULL, 0, &report,                \
+                                          sizeof(report), &s.err),                                           \
+                  s.err, code, why);                                                                         \
+        CHECK_EQ(s.err.slot, slot.slot);                                                                     \
+        if ((slot.flags & KVM_MEM_GUEST_MEMFD) && !caps.guest_memfd)                                         \
+            break;                                                                                           \
+        CHECK_ERR(kvmprep_memslot_check(&caps, sizeof(caps), NULL, 0, &slot, 0, NULL, 0, &s.err), s.err,     \
+                  code, why);                                                                                \
         CHECK_EQ(s.err.slot, slot.slot);                                                                     \
     } while (0)
     CHECK_SLOT(EINVAL, KVMPREP_REASON_UNKNOWN_FLAGS, slot.flags = 8);
@@ -639,7 +845,7 @@ static void memslots(void) {
     CHECK_SLOT(EINVAL, KVMPREP_REASON_RANGE_UNALIGNED, slot.hva += 512);
     CHECK_SLOT(EINVAL, KVMPREP_REASON_RANGE_OVERFLOW, slot.gpa = 0 - PAGE);
     CHECK_SLOT(EINVAL, KVMPREP_REASON_RANGE_OVERFLOW, slot.hva = 0 - PAGE);
-    CHECK_SLOT(EINVAL, KVMPREP_REASON_RANGE_BEYOND_GUEST, slot.gpa = (1ull << 36) - PAGE);
+    CHECK_TOLD(EINVAL, KVMPREP_REASON_RANGE_BEYOND_GUEST, slot.gpa = (1ull << 36) - PAGE);
     CHECK_SLOT(EBADF, KVMPREP_REASON_BAD_FD, slot.attributes = KVMPREP_MEMSLOT_MEMORY_FD;
                slot.memory_fd = -1);
     CHECK_SLOT(EINVAL, KVMPREP_REASON_RANGE_OVERFLOW, slot.attributes = KVMPREP_MEMSLOT_MEMORY_FD;
@@ -652,6 +858,7 @@ static void memslots(void) {
     for (int i = 0; i < 8; i++)
         CHECK_SLOT(EINVAL, KVMPREP_REASON_RESERVED_NOT_ZERO, slot.reserved[i] = 1);
 #undef CHECK_SLOT
+#undef CHECK_TOLD
 
     /* Without the flags that say so, these fields are not read: what is in them does not matter. */
     struct kvmprep_memslot slot = s.slot;
@@ -727,26 +934,32 @@ static void list_of_memslots(void) {
     setting_end(&s);
 }
 
-/* KVM refuses to resize a slot that stands; then the slot stands as before, for KVM and for the handle. */
+/*
+ * KVM refuses what the handle thought right, since it was not told of a slot; then all stands as before, for
+ * KVM and for the handle.
+ */
 static void memslot_that_kvm_refuses(void) {
     struct setting s = setting_make(ANON_4K, SIZE);
-    struct kvmprep_memslot resized = s.slot, odd = s.slot;
+    struct kvmprep_memslot untold = s.slot, slot;
     struct kvmprep_populate_result result;
 
     CHECK_OK(kvmprep_populate(s.handle, NULL, 0, NULL, NULL, 0, &s.err), s.err);
-    resized.size = SIZE / 2;
-    CHECK_ERR(kvmprep_memslot_set(s.handle, &resized, &s.err), s.err, EINVAL, KVMPREP_REASON_KERNEL_REFUSED);
-    CHECK_EQ(s.err.slot, MEMORY_SLOT);
+    untold.slot = 5;
+    untold.gpa += 32 * MIB;
+    CHECK_EQ(slot_set(&s.vm, &untold), 0);
+    slot = untold;
+    slot.size = SIZE / 2; /* which KVM does not change */
+    CHECK_ERR(kvmprep_memslot_set(s.handle, &slot, &s.err), s.err, EINVAL, KVMPREP_REASON_KERNEL_REFUSED);
+    CHECK_EQ(s.err.slot, 5);
     CHECK_EQ(s.err.stage, KVMPREP_STAGE_MEMSLOT);
-    CHECK_EQ(s.err.gpa, resized.gpa);
-    CHECK_EQ(s.err.size, resized.size);
-    CHECK(strstr(s.err.hint, "delete the slot") != NULL);
-    odd.slot = 0xffff; /* more than there can be */
-    odd.gpa += 32 * MIB;
-    CHECK_ERR(kvmprep_memslot_set(s.handle, &odd, &s.err), s.err, EINVAL, KVMPREP_REASON_KERNEL_REFUSED);
-    odd.slot = 5;
-    odd.size = 0;
-    CHECK_ERR(kvmprep_memslot_set(s.handle, &odd, &s.err), s.err, EINVAL, KVMPREP_REASON_KERNEL_REFUSED);
+    CHECK_EQ(s.err.gpa, slot.gpa);
+    CHECK_EQ(s.err.size, slot.size);
+    CHECK(strstr(s.err.hint, "tell the handle of every slot") != NULL);
+    slot = s.slot;
+    slot.gpa = untold.gpa; /* a move onto it */
+    CHECK_ERR(kvmprep_memslot_set(s.handle, &slot, &s.err), s.err, EEXIST, KVMPREP_REASON_KERNEL_REFUSED);
+    CHECK_EQ(s.err.slot, MEMORY_SLOT);
+    CHECK(strstr(s.err.hint, "tell the handle of every slot") != NULL);
 
     CHECK_EQ(memory_known(&s), SIZE);
     struct kvmprep_range all = range_of(MEMORY_GPA, SIZE);
@@ -776,7 +989,7 @@ static void options(void) {
                   EINVAL, why);                                                                              \
         CHECK_ERR(kvmprep_job_new(s.handle, NULL, 0, &opts, &out, &s.err), s.err, EINVAL, why);              \
     } while (0)
-    CHECK_OPTS(KVMPREP_REASON_UNKNOWN_FLAGS, opts.flags = 64);
+    CHECK_OPTS(KVMPREP_REASON_UNKNOWN_FLAGS, opts.flags = 128);
     CHECK_OPTS(KVMPREP_REASON_UNKNOWN_FLAGS, opts.flags = 1u << 31);
     CHECK_OPTS(KVMPREP_REASON_BAD_VALUE, opts.intent = 3);
     CHECK_OPTS(KVMPREP_REASON_BAD_VALUE, opts.intent = UINT32_MAX);
@@ -976,6 +1189,7 @@ int main(int argc, char **argv) {
         {"no_handle", no_handle},
         {"misaligned_handle", misaligned_handle},
         {"without_a_handle", without_a_handle},
+        {"memslots_without_a_handle", memslots_without_a_handle},
         {"range_of_a_pre_fault", range_of_a_pre_fault},
         {"config_of_a_handle", config_of_a_handle},
         {"size_of_a_config", size_of_a_config},
