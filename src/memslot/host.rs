@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::kvm::thp::{self, Policy};
 use crate::kvm::{Errno, Kernel, MappedObject, Mapping, Mappings, Smaps, Sys};
 use crate::level::Level;
-use crate::range::Range;
+use crate::range::{PAGE, Range};
 
 /// A stretch of this process's memory whose pages are of one size at most.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,16 +51,27 @@ pub struct Kind {
 pub fn kind(kernel: &dyn Kernel, slot: &Memslot, hva: u64) -> Result<Kind> {
     let mappings = Mappings::now(kernel).map_err(looking_up)?;
     let mapping = mappings.at(hva).map_err(looking_up)?.filter(|mapping| mapping.start <= hva);
-    let found = mapping.map(|mapping| mapping.object);
+    let smaps = Smaps::new(kernel);
+    let found = mapping.map(|mapping| object_of(&smaps, &mapping));
     let object = slot.backing.map(|backing| backing.object).or(found).unwrap_or(MappedObject::Anonymous);
     let largest = match object {
         MappedObject::Anonymous | MappedObject::Shmem => Level::M2,
-        MappedObject::Hugetlb => {
-            mapping.map_or(Level::M2, |mapping| hugetlb_level(&Smaps::new(kernel), &mapping))
-        }
+        MappedObject::Hugetlb => mapping.map_or(Level::M2, |mapping| hugetlb_level(&smaps, &mapping)),
         MappedObject::File | MappedObject::GuestMemfd => Level::K4,
     };
     Ok(Kind { object, largest, is_guest_memfd: found == Some(MappedObject::GuestMemfd) })
+}
+
+/// What is mapped. Before Linux 6.11 the kernel does not tell the page size beside the name, and by its name a file of
+/// huge pages may be any other: a memfd, above all.
+fn object_of(smaps: &Smaps<'_>, mapping: &Mapping) -> MappedObject {
+    let is_of_huge_pages = || smaps.at(mapping.start).is_some_and(|entry| entry.page_size > PAGE);
+    match mapping.object {
+        MappedObject::Shmem | MappedObject::File if mapping.page_size == 0 && is_of_huge_pages() => {
+            MappedObject::Hugetlb
+        }
+        object => object,
+    }
 }
 
 fn hugetlb_level(smaps: &Smaps<'_>, mapping: &Mapping) -> Level {
@@ -115,7 +126,7 @@ impl HostMemory {
 
 impl Survey<'_> {
     fn add(&mut self, mapping: &Mapping, found: Range) -> Sys<()> {
-        let object = self.backing.map_or(mapping.object, |backing| backing.object);
+        let object = self.backing.map_or_else(|| object_of(&self.smaps, mapping), |backing| backing.object);
         let shared = self.backing.map_or(mapping.shared, |backing| backing.shared);
         let whole = |level, limit| Run { range: found, level, limit };
         match object {
