@@ -1601,7 +1601,7 @@ int kvmprep_get_coverage(const struct kvmprep_vm *vm,
  * MEMSLOT_BEYOND_HOST, SHARED_BIT, GMEM_NOT_ONE, GMEM_TOO_SHORT, before Linux 7.2 GMEM_BOUND; or, with
  * KVMPREP_ALIGN_STRICT, MEMSLOT_MISALIGNED), -EEXIST (it overlaps another slot, or its part of the guest_memfd is bound to
  * one; `err` names it), -EBADF (its guest_memfd is no descriptor), -ENOTTY (a guest_memfd on a kernel before Linux 6.8),
- * -E2BIG (newer `caps` than this library knows).
+ * -E2BIG (newer `caps` than this library knows). Since kvmprep 0.3.
  */
 int kvmprep_memslot_check(const struct kvmprep_caps *caps,
                           size_t caps_size,
@@ -1621,7 +1621,7 @@ int kvmprep_memslot_check(const struct kvmprep_caps *caps,
  * A slot beyond the width that the handle was given (`gpa_bits` in its config) is -EINVAL too, reason
  * RANGE_BEYOND_GUEST.
  *
- * Threads: any. Returns what kvmprep_memslot_check() returns.
+ * Threads: any. Returns what kvmprep_memslot_check() returns. Since kvmprep 0.3.
  */
 int kvmprep_vm_check_memslot(const struct kvmprep_vm *vm,
                              const struct kvmprep_memslot *slot,
@@ -1642,7 +1642,8 @@ int kvmprep_vm_check_memslot(const struct kvmprep_vm *vm,
  *
  * Threads: any. Looks at mappings as kvmprep_memslot_check() does. Returns 0, or -EINVAL (a pointer NULL or misaligned, a
  * bad size or value, a slot that is malformed or has size 0, a range that is malformed or not in the slot), -EBADF (a
- * negative guest_memfd), -E2BIG (newer `caps`), -EACCES or -ENOENT (/proc/self/maps cannot be opened).
+ * negative guest_memfd), -E2BIG (newer `caps`), -EACCES or -ENOENT (/proc/self/maps cannot be opened). Since
+ * kvmprep 0.3.
  */
 int kvmprep_memslot_predict(const struct kvmprep_caps *caps,
                             size_t caps_size,
