@@ -540,6 +540,7 @@ pub unsafe extern "C" fn kvmprep_memslot_predict(
             let slot = reference(slot, "slot")?.decode()?;
             check_sized_out(report, report_size, "report")?;
             slot.check(64)?;
+            check::check_page_count(&slot)?;
             let part = if range.is_null() { None } else { Some(reference(range, "range")?.decode()?) };
             let part = part_of(&slot, part)?;
             let private = if private_memory.is_null() {

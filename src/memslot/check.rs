@@ -72,7 +72,7 @@ impl Check<'_> {
         self.slot.check_form()?;
         self.host_addresses()?;
         self.address_space()?;
-        self.page_count()?;
+        check_page_count(self.slot)?;
         let change = self.change()?;
         if matches!(change, Change::Create | Change::Move) {
             check_overlap(self.slots, self.slot).map_err(|error| self.explain_internal(error))?;
@@ -174,18 +174,6 @@ impl Check<'_> {
             format!("address space {space} is not below {}, what this VM has", self.caps.address_spaces),
         )
         .hint("VMs with private memory have no SMM and so one address space (kvmprep_caps.address_spaces)"))
-    }
-
-    fn page_count(&self) -> Result<()> {
-        let pages = self.slot.region.size / PAGE;
-        if pages <= MOST_PAGES {
-            return Ok(());
-        }
-        Err(Error::invalid(
-            Reason::MemslotTooLarge,
-            format!("the memslot has {pages} pages, and KVM takes {MOST_PAGES} at most"),
-        )
-        .hint("split it in two"))
     }
 
     /// What would happen to the slot of that number, which must exist to go and may change in few things.
@@ -305,6 +293,21 @@ impl Check<'_> {
         .other_slot(other)
         .hint("use another part of the file, or delete the other slot first"))
     }
+}
+
+/// No slot has more pages than KVM can count.
+pub fn check_page_count(slot: &Memslot) -> Result<()> {
+    let pages = slot.region.size / PAGE;
+    if pages <= MOST_PAGES {
+        return Ok(());
+    }
+    Err(Error::invalid(
+        Reason::MemslotTooLarge,
+        format!("the memslot has {pages} pages, and KVM takes {MOST_PAGES} at most"),
+    )
+    .stage(Stage::Memslot)
+    .slot(slot.id())
+    .hint("split it in two"))
 }
 
 fn absent(slot: SlotId) -> Error {

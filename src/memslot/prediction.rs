@@ -236,7 +236,10 @@ impl Walk<'_> {
 
     /// Where one of these limits may be another, or nothing be mapped any more.
     fn end_of_limits(&self, at: u64, limits: &[Limit; 3]) -> u64 {
+        let is_private = || self.terms.private.within(Range { start: at, end: at + 1 }).next().is_some();
         let end = |level: Level| match limits[level as usize] {
+            // In private memory that the slot cannot have, it is so for every frame.
+            Limit::Attributes if is_private() => u64::MAX,
             // These are about the frame that holds `at`.
             Limit::Edges | Limit::Attributes | Limit::MappingEdges => {
                 level.frame(at).map_or(u64::MAX, |frame| frame.end)
@@ -369,6 +372,16 @@ mod tests {
             let found = prediction(&slot, &RangeSet::new(), vec![run(hva, hva + (8 << 40), Level::K4)]);
             assert_eq!((found.allowed, found.expected), (rules, counts(2 << 30, 0, 0)));
         }
+    }
+
+    #[test]
+    fn private_memory_that_a_slot_cannot_have_is_not_walked_frame_by_frame() {
+        let size = 8 << 40;
+        let all: RangeSet = Range::new(G1, size).into_iter().collect();
+        let slot = slot(G1, size, HVA, 0);
+        let terms = Terms { slot: &slot, private: &all, largest: Level::G1, gmem_serves_all: false };
+        let walk = Walk { terms: &terms, memory: None, range: Range { start: G1, end: G1 + size } };
+        assert_eq!(walk.step(G1).end, G1 + size);
     }
 
     #[test]
