@@ -1,0 +1,278 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/*
+ * What the library predicts of a slot's page sizes, held against the pages that KVM makes.
+ *
+ * Each combination of geometry, flags, backing and state is made for real on a VM of its own. The library is
+ * asked before the population, the population is done by plain system calls, KVM's own counters of 4 KiB, 2
+ * MiB and 1 GiB mappings are read, and the library is asked again. All three must agree. It must not ask the
+ * library to populate, and must not know the rules by which a page is huge: it only compares.
+ *
+ * While it runs it changes the machine's policy for transparent huge pages, and puts it back.
+ */
+#define _GNU_SOURCE
+#include "support/check.h"
+#include "support/combination.h"
+#include "support/diff.h"
+#include <inttypes.h>
+#include <stdio.h>
+
+#define USUAL_COMBINATIONS 80 /* a whole run: cargo xtask bed diff prediction */
+#define MANY_PAGES 4096
+#define PAGES_PER_FRAME (FRAME / PAGE)
+#define LARGEST_HOLE 16 /* pages: too small for the C library to put a mapping there */
+
+/* ---- Combinations: a grid of what is known to matter, and as many at random ---- */
+
+struct geometry {
+    uint64_t size, gpa_offset, hva_offset;
+};
+
+static const struct geometry grid_geometries[] = {
+    {PAGE, 0, 0},
+    {FRAME, 0, 0},
+    {FRAME - PAGE, 0, 0},
+    {FRAME, MIB, MIB},
+    {3 * FRAME, 0, 0},
+    {5 * MIB + 3 * PAGE, 0, 0},
+    {3 * FRAME, MIB + PAGE, MIB + PAGE},
+    {7 * MIB + PAGE, FRAME - PAGE, FRAME - PAGE},
+    {3 * FRAME, PAGE, 0},
+    {3 * FRAME, 0, PAGE},
+    {3 * FRAME, MIB, PAGE},
+    {16 * MIB + 5 * PAGE, 7 * PAGE, 7 * PAGE},
+    {30 * MIB, 0, 0},
+};
+#define GRID_GEOMETRIES (sizeof(grid_geometries) / sizeof(grid_geometries[0]))
+
+static const uint32_t grid_flags[] = {0, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY};
+#define GRID_FLAGS (sizeof(grid_flags) / sizeof(grid_flags[0]))
+
+#define GRID (KINDS * GRID_GEOMETRIES * GRID_FLAGS)
+#define GRID_STRIDE 101 /* prime, so that every part of the grid is visited from all over */
+
+static bool takes_flags(enum kind kind) {
+    return kind != GMEM_SHARED && kind != GMEM_PRIVATE;
+}
+
+static struct combination from_grid(uint64_t number) {
+    uint64_t place = number * GRID_STRIDE % GRID;
+    enum kind kind = (enum kind)(place % KINDS);
+    const struct geometry *geometry = &grid_geometries[place / KINDS % GRID_GEOMETRIES];
+    struct combination c = combination_of(kind, geometry->size);
+    c.gpa_offset = geometry->gpa_offset;
+    c.hva_offset = geometry->hva_offset;
+    if (takes_flags(kind))
+        c.flags = grid_flags[place / KINDS / GRID_GEOMETRIES];
+    return c;
+}
+
+/* Bytes below 2 MiB, biased to the edges. */
+static uint64_t some_offset(struct diff_random *random) {
+    static const uint64_t edges[] = {0, 0, MIB, PAGE, FRAME - PAGE};
+    uint64_t choice = diff_below(random, 7);
+    return choice < 5 ? edges[choice] : diff_below(random, PAGES_PER_FRAME) * PAGE;
+}
+
+static uint64_t some_size(struct diff_random *random) {
+    switch (diff_below(random, 4)) {
+    case 0:
+        return (1 + diff_below(random, 16)) * PAGE;
+    case 1:
+        return (1 + diff_below(random, MANY_PAGES / PAGES_PER_FRAME)) * FRAME;
+    default:
+        return (1 + diff_below(random, MANY_PAGES)) * PAGE;
+    }
+}
+
+static uint64_t some_page(struct diff_random *random, uint64_t size) {
+    return diff_below(random, size / PAGE) * PAGE;
+}
+
+/* A part of `size` bytes that begins at a page or, as often, at a frame's edge of the address that has
+ * `offset`. */
+static void some_part(struct diff_random *random, uint64_t size, uint64_t offset, uint64_t *start,
+                      uint64_t *length) {
+    *start = some_page(random, size);
+    if (diff_chance(random, 2)) {
+        uint64_t beyond = (*start + offset) % FRAME;
+        *start = *start < beyond ? 0 : *start - beyond;
+    }
+    uint64_t rest = size - *start;
+    switch (diff_below(random, 3)) {
+    case 0:
+        *length = PAGE;
+        break;
+    case 1:
+        *length = rest < FRAME ? rest : FRAME;
+        break;
+    default:
+        *length = some_page(random, rest) + PAGE;
+    }
+}
+
+static bool has_advice(enum kind kind) {
+    return kind == ANON_4K || kind == ANON_THP || kind == GMEM_PRIVATE || kind == MEMFD_SHARED ||
+           kind == MEMFD_PRIVATE;
+}
+
+static void add_advice(struct combination *c, struct diff_random *random) {
+    c->policy = diff_chance(random, 2) ? POLICY_ADVISED : (enum policy)diff_below(random, POLICIES);
+    c->advice = (enum advice)diff_below(random, 3);
+    c->advised_start = 0;
+    c->advised_size = c->size;
+    if (diff_chance(random, 3))
+        some_part(random, c->size, c->hva_offset, &c->advised_start, &c->advised_size);
+}
+
+static void add_resident(struct combination *c, struct diff_random *random) {
+    static const enum resident anonymous[] = {RESIDENT_WRITTEN, RESIDENT_READ, RESIDENT_ZERO_HUGE,
+                                              RESIDENT_PUNCHED};
+    static const enum resident shared[] = {RESIDENT_WRITTEN, RESIDENT_READ, RESIDENT_CACHED,
+                                           RESIDENT_PUNCHED};
+    c->resident_at = some_page(random, c->size);
+    c->resident = (c->kind == MEMFD_SHARED ? shared : anonymous)[diff_below(random, 4)];
+}
+
+static void add_private(struct combination *c, struct diff_random *random) {
+    c->n_private = (unsigned)diff_below(random, MOST_PRIVATE + 1);
+    for (unsigned i = 0; i < c->n_private; i++)
+        some_part(random, c->size, c->gpa_offset, &c->private_memory[i].gpa, &c->private_memory[i].size);
+    if (diff_chance(random, 8))
+        c->private_memory[0].size += FRAME; /* beyond the slot's end, perhaps */
+}
+
+static struct combination at_random(uint64_t seed, uint64_t number) {
+    struct diff_random state = {.state = seed ^ number << 20}, *random = &state;
+    enum kind kind = diff_chance(random, 2) ? ANON_4K : (enum kind)diff_below(random, KINDS);
+    struct combination c = combination_of(kind, some_size(random));
+    bool is_hugetlb = kind == HUGETLB_PRIVATE || kind == HUGETLB_SHARED;
+    c.hva_offset = some_offset(random);
+    c.gpa_offset = diff_chance(random, 4) ? some_offset(random) : c.hva_offset;
+    c.is_file_named = diff_chance(random, 2);
+    if (takes_flags(kind) && diff_chance(random, 5))
+        c.flags = diff_chance(random, 2) ? KVM_MEM_LOG_DIRTY_PAGES : KVM_MEM_READONLY;
+    else if (kind == ANON_4K && diff_chance(random, 8))
+        c.has_idle_gmem = true;
+    if (!is_hugetlb && diff_chance(random, 3))
+        c.is_trimmed = true;
+    if (has_advice(kind))
+        add_advice(&c, random);
+    if (has_advice(kind) && kind != MEMFD_PRIVATE && diff_chance(random, 3))
+        add_resident(&c, random);
+    if (kind == GMEM_PRIVATE)
+        add_private(&c, random);
+    if (has_advice(kind) && kind != GMEM_PRIVATE && diff_chance(random, 6)) {
+        c.hole_at = some_page(random, c.size);
+        c.hole_size = (1 + diff_below(random, LARGEST_HOLE)) * PAGE;
+        if (c.hole_size > c.size - c.hole_at)
+            c.hole_size = c.size - c.hole_at;
+    }
+    if (diff_chance(random, 3))
+        some_part(random, c.size, c.gpa_offset, &c.range_start, &c.range_size);
+    return c;
+}
+
+/* Each depends on the seed and its number alone. */
+static struct combination combination_number(uint64_t seed, uint64_t number) {
+    return number % 2 == 0 && number / 2 < GRID ? from_grid(number / 2) : at_random(seed, number);
+}
+
+/* Before Linux 6.7 nobody can tell that small pages are in memory already; the header says so. */
+static bool is_foreseeable(const struct combination *c) {
+    return c->resident == RESIDENT_NOTHING || kernel_release() >= 6007;
+}
+
+/* ---- Comparing ---- */
+
+static struct kvmprep_memslot_report predict(const struct scene *scene) {
+    struct kvmprep_error err;
+    struct kvmprep_caps caps;
+    struct kvmprep_memslot_report report;
+    CHECK_OK(kvmprep_probe(scene->vm.kvm, scene->vm.fd, &caps, sizeof(caps), &err), err);
+    caps.vm_type = scene->vm.is_private ? KVM_X86_SW_PROTECTED_VM : 0;
+    CHECK_OK(kvmprep_memslot_predict(&caps, sizeof(caps), &scene->slot, &scene->range,
+                                     scene->vm.is_private ? scene->private_memory : NULL, scene->n_private,
+                                     &report, sizeof(report), &err),
+             err);
+    return report;
+}
+
+static bool are_equal(const struct kvmprep_page_counts *a, const struct kvmprep_page_counts *b) {
+    return a->pages_4k == b->pages_4k && a->pages_2m == b->pages_2m && a->pages_1g == b->pages_1g;
+}
+
+/* What is expected is in no larger pages than what is allowed. */
+static bool is_within(const struct kvmprep_page_counts *expected, const struct kvmprep_page_counts *allowed) {
+    uint64_t frames = expected->pages_2m + expected->pages_1g * (1024 / 2);
+    return expected->pages_1g <= allowed->pages_1g &&
+           frames <= allowed->pages_2m + allowed->pages_1g * (1024 / 2);
+}
+
+/* A report that leaves memory in small pages says why, and how much of it. */
+static bool is_explained(const struct scene *scene, const struct kvmprep_memslot_report *report) {
+    if (report->expected.pages_4k == 0)
+        return true;
+    return report->limit_2m != KVMPREP_LIMIT_NONE && report->limited_2m > 0 &&
+           report->limited_2m <= scene->range.size && report->message[0] != 0;
+}
+
+static void print_counts(const char *what, const struct kvmprep_page_counts *counts) {
+    printf("    %-21s %6" PRIu64 " of 4K %4" PRIu64 " of 2M %2" PRIu64 " of 1G\n", what, counts->pages_4k,
+           counts->pages_2m, counts->pages_1g);
+}
+
+/* Whether prediction and kernel agree; prints all of it where they do not. */
+static bool agrees(uint64_t seed, uint64_t number, const struct combination *c) {
+    struct scene scene = scene_make(c);
+    struct kvmprep_memslot_report before = predict(&scene);
+    struct kvmprep_page_counts actual = scene_populate(&scene, c);
+    struct kvmprep_memslot_report after = predict(&scene);
+    bool is_right = are_equal(&before.expected, &actual) && are_equal(&after.expected, &actual) &&
+                    are_equal(&before.allowed, &after.allowed) &&
+                    is_within(&before.expected, &before.allowed) && is_explained(&scene, &before);
+    if (!is_right) {
+        printf("  mismatch: seed %" PRIu64 " number %" PRIu64 ": ", seed, number);
+        combination_print(c);
+        print_counts("the kernel made", &actual);
+        print_counts("predicted before it", &before.expected);
+        print_counts("predicted after it", &after.expected);
+        print_counts("allowed", &before.allowed);
+        printf("    limit %u for %#" PRIx64 " bytes: %s; %s\n", before.limit_2m, before.limited_2m,
+               before.message, before.hint);
+    }
+    scene_end(&scene);
+    return is_right;
+}
+
+static void skip_without_nested_paging(void) {
+    if (!scene_has_nested_paging())
+        check_skipped("no nested paging: there are no stage-2 mappings to count");
+}
+
+static void prediction_equals_the_kernel_s_counts(void) {
+    uint64_t seed = diff_seed(), wanted = diff_operations(USUAL_COMBINATIONS), done = 0, mismatches = 0;
+    skip_without_nested_paging();
+    struct vm vm = vm_make();
+    for (uint64_t number = 0; done < wanted; number++) {
+        struct combination c = combination_number(seed, number);
+        if (!is_foreseeable(&c) || !combination_is_had(&vm, &c))
+            continue;
+        if (!agrees(seed, number, &c))
+            mismatches++;
+        done++;
+        check_is_alive();
+    }
+    vm_end(&vm);
+    policy_restore();
+    diff_report(seed, done, mismatches);
+    CHECK_EQ(mismatches, 0);
+}
+
+int main(int argc, char **argv) {
+    static const struct check_case cases[] = {
+        {"prediction_equals_the_kernel_s_counts", prediction_equals_the_kernel_s_counts},
+    };
+    int result = check_main(argc, argv, cases, sizeof(cases) / sizeof(cases[0]));
+    policy_restore(); /* a case may have ended early */
+    return result;
+}
