@@ -531,8 +531,7 @@
 #define KVMPREP_LIMIT_DIRTY_LOGGING 3
 
 /**
- * A guest_memfd serves the memory, in pages of 4 KiB (up to Linux 7.3 at least). Private memory of every VM type is
- * such; TDX and SNP would allow no more for now (4 KiB before finalisation, as the RMP has it) even if it were not.
+ * A guest_memfd serves the memory, in pages of 4 KiB (up to Linux 7.3 at least).
  */
 #define KVMPREP_LIMIT_GUEST_MEMFD 4
 
@@ -575,6 +574,11 @@
  * The processor has no pages of that size.
  */
 #define KVMPREP_LIMIT_CPU 12
+
+/**
+ * Private memory of VMs of this type has pages of 4 KiB: TDX's is added page by page, SNP's is as the RMP has it.
+ */
+#define KVMPREP_LIMIT_VM_TYPE 13
 
 /**
  * The guest takes no stage-2 fault on memory, on read or write. Private copies are made where the mapping is
@@ -935,7 +939,8 @@ struct kvmprep_vm_config {
    */
   uint32_t gpa_bits;
   /**
-   * KVM_X86_*: the VM's type, as it was made; 0: the default type. Since 0.3, as all that follows.
+   * KVM_X86_*: the VM's type, as it was made; 0: the default type. With any other, mappings are known to be kept (Linux
+   * 6.12): the slot-zap-all quirk is of the default type alone. Since 0.3, as all that follows.
    */
   uint32_t vm_type;
   /**
@@ -1461,7 +1466,8 @@ int kvmprep_get_fault_stats(const int *fds,
  * handle belongs to the process that made the VM: after fork() the child must neither use nor free it. It keeps
  * /proc/self/maps and /proc/self/pagemap open, where it may open them: make it before privileges are dropped.
  *
- * Threads: any. Returns 0, or -EINVAL (a pointer NULL or misaligned, an unknown flag, gpa_bits out of range),
+ * Threads: any. Returns 0, or -EINVAL (a pointer NULL or misaligned, an unknown flag or rule, gpa_bits or the shared bit
+ * out of range, a type of VM that this kernel does not make),
  * -E2BIG (a newer caller's field), -EBADF, -EOPNOTSUPP (KVMPREP_VM_KEEP_MAPPINGS on a kernel that cannot), -EIO
  * (another process's VM).
  */

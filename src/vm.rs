@@ -126,7 +126,7 @@ impl Vm {
         if config.keep_mappings {
             keep_mappings(&*kernel, config.vm_fd)?;
         }
-        let vm = Self {
+        let mut vm = Self {
             kernel,
             config,
             mappings_are_kept: config.keep_mappings || config.mappings_are_kept,
@@ -135,7 +135,16 @@ impl Vm {
             work: Mutex::default(),
             pre_faults_ended: AtomicU32::new(0),
         };
-        vm.caps()?;
+        let caps = vm.caps()?;
+        if config.vm_type != 0 && caps.vm_types.checked_shr(config.vm_type).unwrap_or(0) & 1 == 0 {
+            return Err(Error::invalid(
+                Reason::BadValue,
+                format!("this kernel makes no VMs of type {}", config.vm_type),
+            )
+            .hint("pass the type that KVM_CREATE_VM was given (KVM_X86_*)"));
+        }
+        // Other types than the default have not had the quirk since there has been a way to disable it.
+        vm.mappings_are_kept |= config.vm_type != 0 && caps.can_keep_mappings;
         Ok(vm)
     }
 

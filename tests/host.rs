@@ -126,6 +126,35 @@ fn a_guest_memfd_of_a_vm_without_private_memory_is_not_what_the_guest_sees() {
     }
 }
 
+/// What is allocated before it is touched has no huge pages, where those depend on advice.
+#[test]
+fn shared_memory_that_may_have_huge_pages_is_not_allocated_first() {
+    const POLICY: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+    const OF_2M: &str = "/sys/kernel/mm/transparent_hugepage/hugepages-2048kB/shmem_enabled";
+    let policy = |chosen: &str| format!("always within_size advise [{chosen}] deny force\n");
+    for (all, of_2m, host) in [
+        ("never", None, HostMethod::AllocateAndPopulate),
+        ("never", Some("inherit"), HostMethod::AllocateAndPopulate),
+        ("never", Some("advise"), HostMethod::PopulateWrite),
+        ("advise", None, HostMethod::PopulateWrite),
+        ("advise", Some("never"), HostMethod::AllocateAndPopulate),
+        ("deny", Some("always"), HostMethod::AllocateAndPopulate),
+        ("force", Some("never"), HostMethod::PopulateWrite),
+    ] {
+        let mut kernel = Fake::new(Range::new(HVA, SIZE).unwrap());
+        kernel.mappings.lock().unwrap()[0].object = MappedObject::Shmem;
+        kernel.mappings.lock().unwrap()[0].shared = true;
+        kernel.files.insert(POLICY.into(), policy(all));
+        kernel.files.extend(of_2m.map(|of_2m| (OF_2M.to_string(), policy(of_2m))));
+        let mut record = SlotRecord::default();
+        record.replace(&Memslot { file: Some((7, 0)), ..slot() }, None);
+        let wish =
+            Wish { intent: Intent::Write, stage2: true, dirty_logged_too: false, has_private_memory: false };
+        let plan = Plan::new(&kernel, &record, &[], wish).unwrap();
+        assert_eq!(plan.segments[0].host, host, "{all} {of_2m:?}");
+    }
+}
+
 // ---- CHECK_FREE ----
 
 fn check(

@@ -214,8 +214,7 @@ pub const KVMPREP_LIMIT_EDGES: u32 = 1;
 pub const KVMPREP_LIMIT_CONGRUENCE: u32 = 2;
 /// Writes are logged, page by page (KVM_MEM_LOG_DIRTY_PAGES).
 pub const KVMPREP_LIMIT_DIRTY_LOGGING: u32 = 3;
-/// A guest_memfd serves the memory, in pages of 4 KiB (up to Linux 7.3 at least). Private memory of every VM type is
-/// such; TDX and SNP would allow no more for now (4 KiB before finalisation, as the RMP has it) even if it were not.
+/// A guest_memfd serves the memory, in pages of 4 KiB (up to Linux 7.3 at least).
 pub const KVMPREP_LIMIT_GUEST_MEMFD: u32 = 4;
 /// Private and shared memory lie in one page of that size.
 pub const KVMPREP_LIMIT_ATTRIBUTES: u32 = 5;
@@ -233,6 +232,8 @@ pub const KVMPREP_LIMIT_RESIDENT: u32 = 10;
 pub const KVMPREP_LIMIT_NOT_MAPPED: u32 = 11;
 /// The processor has no pages of that size.
 pub const KVMPREP_LIMIT_CPU: u32 = 12;
+/// Private memory of VMs of this type has pages of 4 KiB: TDX's is added page by page, SNP's is as the RMP has it.
+pub const KVMPREP_LIMIT_VM_TYPE: u32 = 13;
 
 /// Numbers of stage-2 mappings, by their size. Its layout is fixed for ever.
 #[repr(C)]

@@ -67,7 +67,8 @@ pub struct kvmprep_vm_config {
     /// Bits of a guest physical address, 12 to 52, as the guest's CPUID says; 0: as many as the host has. Memory
     /// beyond is refused: KVM would map it somewhere else (it drops the bits that its page tables do not have).
     pub gpa_bits: u32,
-    /// KVM_X86_*: the VM's type, as it was made; 0: the default type. Since 0.3, as all that follows.
+    /// KVM_X86_*: the VM's type, as it was made; 0: the default type. With any other, mappings are known to be kept (Linux
+    /// 6.12): the slot-zap-all quirk is of the default type alone. Since 0.3, as all that follows.
     pub vm_type: u32,
     /// KVMPREP_ALIGN_*: what kvmprep_memslot_set() holds slots to; it matters with KVMPREP_ALIGN_STRICT only.
     pub alignment_rule: u32,
@@ -92,7 +93,8 @@ pub struct kvmprep_vm(pub(super) Arc<Vm>);
 /// handle belongs to the process that made the VM: after fork() the child must neither use nor free it. It keeps
 /// /proc/self/maps and /proc/self/pagemap open, where it may open them: make it before privileges are dropped.
 ///
-/// Threads: any. Returns 0, or -EINVAL (a pointer NULL or misaligned, an unknown flag, gpa_bits out of range),
+/// Threads: any. Returns 0, or -EINVAL (a pointer NULL or misaligned, an unknown flag or rule, gpa_bits or the shared bit
+/// out of range, a type of VM that this kernel does not make),
 /// -E2BIG (a newer caller's field), -EBADF, -EOPNOTSUPP (KVMPREP_VM_KEEP_MAPPINGS on a kernel that cannot), -EIO
 /// (another process's VM).
 ///

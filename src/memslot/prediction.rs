@@ -42,10 +42,12 @@ pub enum Limit {
     NotMapped = 11,
     /// The processor's nested paging has no such size.
     Cpu = 12,
+    /// Private memory of VMs of this type has pages of 4 KiB.
+    VmType = 13,
 }
 
 /// How many limits there are.
-const LIMITS: usize = 13;
+const LIMITS: usize = 14;
 
 /// Mappings by their size.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -101,7 +103,22 @@ pub struct Terms<'a> {
     pub largest: Level,
     /// A guest_memfd serves shared accesses too.
     pub gmem_serves_all: bool,
+    /// Why private memory has no large pages.
+    pub private_limit: Limit,
 }
+
+/// Why private memory of a VM of that type has no large pages, as KVM's own hook decides (`gmem_max_mapping_level`).
+fn private_limit(vm_type: u32) -> Limit {
+    match vm_type {
+        // By the RMP, which has 4 KiB until the guest accepts more; and TDX, whose pages are added one by one.
+        KVM_X86_SNP_VM | KVM_X86_TDX_VM => Limit::VmType,
+        // As its file allows.
+        _ => Limit::GuestMemfd,
+    }
+}
+
+const KVM_X86_SNP_VM: u32 = 4;
+const KVM_X86_TDX_VM: u32 = 5;
 
 /// Predicts the mappings of `range`, a part of the slot.
 pub fn predict(terms: &Terms<'_>, range: Range, memory: &HostMemory) -> Prediction {
@@ -129,16 +146,18 @@ const ALL: [Limit; LIMITS] = [
     Limit::Resident,
     Limit::NotMapped,
     Limit::Cpu,
+    Limit::VmType,
 ];
 
 /// Bytes by limit, for each level that they are below of.
 type Costs = [[u64; LIMITS]; 3];
 
 impl<'a> Terms<'a> {
-    /// Of `slot`, on this processor.
-    pub fn new(kernel: &dyn Kernel, slot: &'a Memslot, private: &'a RangeSet) -> Self {
+    /// Of `slot` in a VM of that type, on this processor.
+    pub fn new(kernel: &dyn Kernel, vm_type: u32, slot: &'a Memslot, private: &'a RangeSet) -> Self {
         let gmem_serves_all = slot.has_guest_memfd() && kernel.can_map_guest_memfd(slot.region.guest_memfd);
-        Self { slot, private, largest: largest_page(), gmem_serves_all }
+        let private_limit = private_limit(vm_type);
+        Self { slot, private, largest: largest_page(), gmem_serves_all, private_limit }
     }
 
     /// Why the page at `gpa` cannot be mapped as a part of a larger one, as far as the slot decides.
@@ -147,7 +166,10 @@ impl<'a> Terms<'a> {
         if slot.is_dirty_logged() {
             return Some(Limit::DirtyLogging);
         }
-        if self.gmem_serves_all || self.is_private(gpa) {
+        if self.is_private(gpa) {
+            return Some(self.private_limit);
+        }
+        if self.gmem_serves_all {
             return Some(Limit::GuestMemfd);
         }
         if alignment::hva_shift(&slot.region, level) != 0 {
@@ -324,7 +346,13 @@ mod tests {
 
     /// Of the whole slot.
     fn prediction(slot: &Memslot, private: &RangeSet, runs: Vec<Run>) -> Prediction {
-        let terms = Terms { slot, private, largest: Level::G1, gmem_serves_all: false };
+        let terms = Terms {
+            slot,
+            private,
+            largest: Level::G1,
+            gmem_serves_all: false,
+            private_limit: Limit::GuestMemfd,
+        };
         predict(&terms, slot.range().unwrap(), &HostMemory::of(runs))
     }
 
@@ -379,7 +407,13 @@ mod tests {
         let size = 8 << 40;
         let all: RangeSet = Range::new(G1, size).into_iter().collect();
         let slot = slot(G1, size, HVA, 0);
-        let terms = Terms { slot: &slot, private: &all, largest: Level::G1, gmem_serves_all: false };
+        let terms = Terms {
+            slot: &slot,
+            private: &all,
+            largest: Level::G1,
+            gmem_serves_all: false,
+            private_limit: Limit::GuestMemfd,
+        };
         let walk = Walk { terms: &terms, memory: None, range: Range { start: G1, end: G1 + size } };
         assert_eq!(walk.step(G1).end, G1 + size);
     }
@@ -412,7 +446,13 @@ mod tests {
     fn a_range_is_widened_to_the_page_that_may_be_mapped() {
         let private = RangeSet::new();
         let widened = |slot: &Memslot, start, end, backing| {
-            let terms = Terms { slot, private: &private, largest: Level::G1, gmem_serves_all: false };
+            let terms = Terms {
+                slot,
+                private: &private,
+                largest: Level::G1,
+                gmem_serves_all: false,
+                private_limit: Limit::GuestMemfd,
+            };
             let wide = terms.widened(Range { start, end }, backing);
             (wide.start, wide.end)
         };
@@ -426,6 +466,30 @@ mod tests {
         // The slot's own edge is none that a mapping crosses.
         let short = slot(G1 + 0x1000, M2, HVA + 0x1000, 0);
         assert_eq!(widened(&short, G1 + 0x1000, G1 + 0x2000, Level::M2), (G1 + 0x1000, G1 + 0x2000));
+    }
+
+    #[test]
+    fn the_vm_s_type_has_a_word_on_private_memory() {
+        for (vm_type, limit) in
+            [(0, Limit::GuestMemfd), (1, Limit::GuestMemfd), (4, Limit::VmType), (5, Limit::VmType)]
+        {
+            assert_eq!(private_limit(vm_type), limit);
+        }
+        let slot = slot(G1, 4 * M2, HVA, MEM_GUEST_MEMFD);
+        let private: RangeSet = Range::new(G1, M2).into_iter().collect();
+        let terms = Terms {
+            slot: &slot,
+            private: &private,
+            largest: Level::G1,
+            gmem_serves_all: false,
+            private_limit: Limit::VmType,
+        };
+        let memory = HostMemory::of(vec![run(HVA, HVA + 4 * M2, Level::M2)]);
+        let found = predict(&terms, slot.range().unwrap(), &memory);
+        assert_eq!(
+            (found.expected, found.below_2m),
+            (counts(512, 3, 0), Cost { limit: Limit::VmType, bytes: M2 })
+        );
     }
 
     /// The plainest thing that could be right: each page by itself, by the rules as they are written.
@@ -489,7 +553,7 @@ mod tests {
                 run(w[0], w[1], if n % 3 == 0 { Level::M2 } else { Level::K4 })
             }).collect();
             let part = Range::new(base + part.0, part.1).and_then(|part| part.intersect(&place)).unwrap_or(place);
-            let terms = Terms { slot: &slot, private: &private, largest: Level::G1, gmem_serves_all: false };
+            let terms = Terms { slot: &slot, private: &private, largest: Level::G1, gmem_serves_all: false, private_limit: Limit::GuestMemfd };
             let found = predict(&terms, part, &HostMemory::of(runs.clone()));
             prop_assert_eq!(found.allowed, page_by_page(&slot, &private, None, part));
             prop_assert_eq!(found.expected, page_by_page(&slot, &private, Some(&runs), part));

@@ -38,7 +38,7 @@ pub fn report(
     let memory = HostMemory::survey(kernel, slot, behind(slot, range))?;
     let kind = host::kind(kernel, slot, slot.region.hva)?;
     let private = private.unwrap_or_else(|| private_of(caps, slot, &kind));
-    let terms = Terms::new(kernel, slot, &private);
+    let terms = Terms::new(kernel, caps.vm_type, slot, &private);
     let prediction = predict(&terms, range, &memory);
     let (message, hint) = in_words(slot, range, &prediction);
     Ok(Report { alignment: demand.measure(kernel, slot)?, prediction, message, hint })
@@ -98,13 +98,16 @@ fn why(limit: Limit, level: Level) -> String {
         Limit::Resident => "smaller pages are there already",
         Limit::NotMapped => "nothing is mapped there",
         Limit::Cpu => "the processor's nested paging has none",
+        Limit::VmType => "private memory of this type of VM has pages of 4 KiB",
     }
     .into()
 }
 
 fn remedy(slot: &Memslot, limit: Limit, level: Level) -> String {
     match limit {
-        Limit::None | Limit::GuestMemfd | Limit::Backing | Limit::Cpu => return String::new(),
+        Limit::None | Limit::GuestMemfd | Limit::Backing | Limit::Cpu | Limit::VmType => {
+            return String::new();
+        }
         Limit::Congruence => return alignment::hva_hint(&slot.region, level),
         Limit::Edges => return edges_remedy(slot, level),
         Limit::Attributes => return format!("convert whole pages of {level}"),

@@ -34,7 +34,7 @@ fn widened_at(kernel: &dyn Kernel, caps: &Caps, slots: &SlotRecord, gpa: u64) ->
     let private = private_of(caps, slot, &kind);
     // A file system may have huge pages in its cache.
     let largest = if kind.object == MappedObject::File { Level::M2 } else { kind.largest };
-    Ok(Some(Terms::new(kernel, slot, &private).widened(page, largest)))
+    Ok(Some(Terms::new(kernel, caps.vm_type, slot, &private).widened(page, largest)))
 }
 
 fn inexact(range: Range, wide: Range) -> Error {

@@ -5,9 +5,11 @@
 //! What repeats exactly (faults, instructions, allocations) fails the command when it misses its bar; a time
 //! only says so, since the machine has a part in it.
 
+mod callgrind;
 mod chart;
 mod chunk;
 mod host;
+mod memslots;
 mod ready;
 mod rows;
 mod samples;
@@ -19,7 +21,7 @@ use rows::{Row, Rows};
 /// The arguments of `cargo xtask bench`.
 #[derive(clap::Args)]
 pub struct Cli {
-    /// Only what repeats exactly: instructions and allocations for each chunk.
+    /// Only instructions and allocations for each chunk.
     #[arg(long)]
     quick: bool,
     /// Only one part; its rows are shown, and no figures are written.
@@ -42,6 +44,8 @@ pub enum Part {
     Host,
     /// Instructions and allocations for each chunk.
     Chunk,
+    /// Checking many memslots.
+    Memslots,
 }
 
 /// Measures, shows, writes, judges.
@@ -52,6 +56,10 @@ pub fn main(cli: Cli) -> Result<()> {
     // Quietest first: the bed leaves the machine warm and its caches full.
     if wants(Part::Chunk) {
         show("What a chunk costs in the library", chunk::measure()?, &mut rows);
+    }
+    if wants(Part::Memslots) {
+        show("What checking a memslot costs", memslots::count()?, &mut rows);
+        show("32764 memslots, checked and noted one by one", memslots::measure(cli.rounds)?, &mut rows);
     }
     if wants(Part::Host) {
         show("The host stage, on this machine", host::measure(cli.rounds)?, &mut rows);
@@ -74,9 +82,11 @@ fn show(title: &str, part: Vec<Row>, all: &mut Vec<Row>) {
     all.extend(part);
 }
 
-/// What counts, not times, must be: instructions and heap allocations of a chunk.
+/// What counts, not times, must be: instructions and heap allocations of a chunk, and of checking memslots.
 pub fn check_counts() -> Result<()> {
-    judge(&chunk::measure()?)
+    let mut rows = chunk::measure()?;
+    rows.extend(memslots::count()?);
+    judge(&rows)
 }
 
 /// The result of the whole: an error for what repeats exactly and is not as it must be.

@@ -16,11 +16,16 @@ pub struct Row {
     bar: Option<Bar>,
 }
 
+/// The unit of what has none.
+pub const RATIO: &str = "";
+
 /// What a row is held to.
 #[derive(Clone, Copy, Debug)]
 enum Bar {
     /// The ratio of two times.
     Ratio(f64),
+    /// Our own time, in milliseconds.
+    Time(f64),
     /// Our own count.
     Count(f64),
 }
@@ -62,6 +67,11 @@ impl Row {
         Row { bar: Some(Bar::Ratio(most)), ..self }
     }
 
+    /// Holds our time to `most` milliseconds.
+    pub fn time_at_most(self, most: f64) -> Self {
+        Row { bar: Some(Bar::Time(most)), ..self }
+    }
+
     /// Holds our count to `most`.
     pub fn count_at_most(self, most: f64) -> Self {
         Row { bar: Some(Bar::Count(most)), ..self }
@@ -77,7 +87,7 @@ impl Row {
         match self.bar {
             None => false,
             Some(Bar::Ratio(most)) => self.ratio.is_none_or(|ratio| ratio > most),
-            Some(Bar::Count(most)) => self.ours > most,
+            Some(Bar::Time(most) | Bar::Count(most)) => self.ours > most,
         }
     }
 
@@ -90,7 +100,7 @@ impl Row {
         let word = if self.is_missed() { "MISSED" } else { "ok" };
         match self.bar {
             None => String::new(),
-            Some(Bar::Ratio(most) | Bar::Count(most)) => format!("bar {most}: {word}"),
+            Some(Bar::Ratio(most) | Bar::Time(most) | Bar::Count(most)) => format!("bar {most}: {word}"),
         }
     }
 }
@@ -126,7 +136,11 @@ pub fn table(rows: &[Row]) -> String {
 }
 
 fn number(value: f64, unit: &str) -> String {
-    if unit == "ms" { format!("{value:.1}") } else { format!("{value:.0}") }
+    match unit {
+        "ms" => format!("{value:.1}"),
+        RATIO => format!("{value:.3}"),
+        _ => format!("{value:.0}"),
+    }
 }
 
 #[cfg(test)]
@@ -139,6 +153,13 @@ mod tests {
         assert_eq!((row.ours, row.theirs, row.ratio), (3.0, Some(5.0), Some(0.6)));
         assert!(!row.ratio_at_most(0.6).is_missed());
         assert!(Row::times("x", 3e6, 5e6).ratio_at_most(0.59).is_missed());
+    }
+
+    #[test]
+    fn a_time_is_held_to_its_bar_and_is_not_exact() {
+        let row = Row::times("x", 11e6, 5e9).time_at_most(10.0);
+        assert!(row.is_missed() && !row.is_exact());
+        assert!(!Row::times("x", 9e6, 5e6).time_at_most(10.0).is_missed());
     }
 
     #[test]

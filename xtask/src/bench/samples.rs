@@ -48,15 +48,8 @@ impl Samples {
     /// The median of one way in one comparison.
     pub fn median(&self, what: &str, way: &str) -> Result<f64> {
         let of_it = self.0.iter().filter(|sample| sample.what == what && sample.way == way);
-        let mut values: Vec<f64> = of_it.map(|sample| sample.value).collect();
-        values.sort_by(f64::total_cmp);
-        let middle = values.len() / 2;
-        match values.len() {
-            0 => None,
-            n if n % 2 == 1 => Some(values[middle]),
-            _ => Some((values[middle - 1] + values[middle]) / 2.0),
-        }
-        .with_context(|| format!("{what}: {way} was not measured"))
+        median(of_it.map(|sample| sample.value).collect())
+            .with_context(|| format!("{what}: {way} was not measured"))
     }
 }
 
@@ -74,6 +67,17 @@ fn distinct<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
 pub fn slug(name: &str) -> String {
     let words = name.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty());
     words.collect::<Vec<_>>().join("-").to_lowercase()
+}
+
+/// The middle value, or the mean of both.
+pub fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    match values.len() {
+        0 => None,
+        n if n % 2 == 1 => Some(values[middle]),
+        _ => Some((values[middle - 1] + values[middle]) / 2.0),
+    }
 }
 
 #[cfg(test)]
