@@ -19,7 +19,7 @@
 #include "support/guest.h"
 #include <errno.h>
 #include <inttypes.h>
-#include <stdlib.h>
+#include <sys/utsname.h>
 
 #define USUAL_OPERATIONS 6000
 /* Mismatches that are shown; the first as a program. */
@@ -236,19 +236,25 @@ static void show(const char *what, const struct operation *step, const struct an
            step->hva, (int)step->file, step->offset);
 }
 
+static const char *said(int answer) {
+    return answer == 0 ? "yes" : strerrorname_np(-answer);
+}
+
 /* Does the shrunk sequence once more, for what is said to its last step. */
 static void print_shrunk(const struct sequence *sequence) {
     static struct world w;
     struct answers a;
     const char *what = NULL;
     char found[512];
+    struct utsname kernel;
     world_make(&w, sequence->vm_type);
     for (unsigned i = 0; i < sequence->n; i++)
         what = do_step(&w, &sequence->steps[i], &a);
     world_end(&w);
-    snprintf(found, sizeof(found), "%s: to the last slot the kernel says %s, the library %s (%s)",
-             what == NULL ? "not seen again" : what, a.kernel == 0 ? "yes" : strerror(-a.kernel),
-             a.check == 0 ? "yes" : strerror(-a.check), kvmprep_reason_name(a.check_err.reason));
+    CHECK_EQ(uname(&kernel), 0);
+    snprintf(found, sizeof(found), "Linux %s: %s: to the last slot the kernel says %s, the library %s (%s)",
+             kernel.release, what == NULL ? "not seen again" : what, said(a.kernel), said(a.check),
+             kvmprep_reason_name(a.check_err.reason));
     printf("  shrunk to %u steps:\n", sequence->n);
     program_print(sequence, found);
 }

@@ -107,7 +107,7 @@ static void change_what_is_fixed(struct diff_random *r, struct operation *step) 
         step->flags ^= KVM_MEM_READONLY;
         break;
     default:
-        step->flags ^= KVM_MEM_GUEST_MEMFD;
+        step->flags = step->flags & KVM_MEM_GUEST_MEMFD ? 0 : KVM_MEM_GUEST_MEMFD;
         break;
     }
 }
@@ -250,7 +250,7 @@ static uint64_t offset_edge(struct diff_random *r, const struct operation *step)
 /* Takes one thing to an edge. */
 static void sharpen(struct diff_random *r, const struct world *w, struct operation *step) {
     bool has_gmem = (step->flags & KVM_MEM_GUEST_MEMFD) != 0;
-    switch (diff_below(r, has_gmem ? 9 : 5)) {
+    switch (diff_below(r, has_gmem ? 10 : 5)) {
     case 0:
         step->gpa = gpa_edge(r, w, step);
         break;
@@ -270,6 +270,9 @@ static void sharpen(struct diff_random *r, const struct world *w, struct operati
         step->offset = offset_edge(r, step);
         break;
     case 6:
+        step->offset += 1ull << diff_below(r, 12);
+        break;
+    case 7:
         step->file = FILE_OF_OTHER_VM;
         break;
     default:

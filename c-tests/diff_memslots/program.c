@@ -34,14 +34,16 @@ static const char opening[] = "#define _GNU_SOURCE\n"
                               "    printf(\"slot %#x: %s\\n\", slot, result == 0 ? \"taken\" : "
                               "strerror(errno));\n"
                               "}\n"
-                              "\n"
-                              "static int guest_memfd(int of, uint64_t size, uint64_t flags) {\n"
-                              "    uint64_t create[8] = {size, flags};\n"
-                              "    return ioctl(of, 0xc040aed4, create);\n"
-                              "}\n"
-                              "\n"
-                              "int main(void) {\n"
-                              "    int kvm = open(\"/dev/kvm\", O_RDWR);\n";
+                              "\n";
+
+static const char gmem_helper[] = "static int guest_memfd(int of, uint64_t size, uint64_t flags) {\n"
+                                  "    uint64_t create[8] = {size, flags};\n"
+                                  "    return ioctl(of, 0xc040aed4, create);\n"
+                                  "}\n"
+                                  "\n";
+
+static const char beginning[] = "int main(void) {\n"
+                                "    int kvm = open(\"/dev/kvm\", O_RDWR);\n";
 
 static const char *const names[FILES] = {"short_file", "long_file", "mappable_file", "others_file", "memfd",
                                          "device",     "vm",        "1000",          "-1"};
@@ -73,13 +75,37 @@ static void print_making_of_others(enum file file) {
     }
 }
 
+/* Which descriptors of a file the sequence uses. */
+struct use {
+    bool first, second;
+};
+
+static struct use use_of(const struct sequence *sequence, enum file file) {
+    struct use use = {false, false};
+    for (unsigned i = 0; i < sequence->n; i++) {
+        const struct operation *step = &sequence->steps[i];
+        if (step->file != file || !is_read(step))
+            continue;
+        use.first |= step->deed != SET_SLOT || !step->second_descriptor;
+        use.second |= step->deed != SET_SLOT || step->second_descriptor;
+    }
+    return use;
+}
+
+static bool makes_a_gmem(const struct sequence *sequence) {
+    for (enum file file = 0; file <= FILE_OF_OTHER_VM; file++) {
+        struct use use = use_of(sequence, file);
+        if (use.first || use.second)
+            return true;
+    }
+    return false;
+}
+
 /* Makes the files that the sequence reads. */
 static void print_files(const struct sequence *sequence) {
-    bool is_needed[FILES] = {false};
-    for (unsigned i = 0; i < sequence->n; i++)
-        is_needed[sequence->steps[i].file] |= is_read(&sequence->steps[i]);
     for (enum file file = 0; file < FILES; file++) {
-        if (!is_needed[file])
+        struct use use = use_of(sequence, file);
+        if (!use.first && !use.second)
             continue;
         if (file >= OWN_FILES) {
             print_making_of_others(file);
@@ -87,7 +113,9 @@ static void print_files(const struct sequence *sequence) {
         }
         printf("    int %s = ", names[file]);
         print_making(file);
-        printf(", %s_2 = dup(%s);\n", names[file], names[file]);
+        if (use.second)
+            printf(", %s_2 = dup(%s)", names[file], names[file]);
+        printf(";\n");
     }
 }
 
@@ -123,7 +151,7 @@ static void print_step(const struct operation *step) {
 }
 
 void program_print(const struct sequence *sequence, const char *found) {
-    printf("/* %s */\n%s", found, opening);
+    printf("/* %s */\n%s%s%s", found, opening, makes_a_gmem(sequence) ? gmem_helper : "", beginning);
     printf("    vm = ioctl(kvm, 0xae01, %luul);\n", sequence->vm_type);
     print_files(sequence);
     for (unsigned i = 0; i < sequence->n; i++)
