@@ -221,6 +221,8 @@ mod tests {
         assert_eq!(holder(&record, 7, 0x3000, 0x4000), None);
         record.replace(&bound(1, 0x5000, 0x1000), Some(file(7)));
         assert_eq!(holder(&record, 7, 0x1000, 0x3000), None);
+        record.replace(&bound(4, 0, 0x4000), Some(file(7)));
+        assert_eq!(holder(&record, 7, 0x1000, 0x3000), Some(4), "what was bound before does not hide it");
     }
 
     #[test]
