@@ -162,21 +162,22 @@ impl<'a> Terms<'a> {
 
     /// Why the page at `gpa` cannot be mapped as a part of a larger one, as far as the slot decides.
     fn limit(&self, gpa: u64, level: Level) -> Option<Limit> {
+        // What no change lifts comes first, so that a remedy that is told does help.
         let slot = self.slot;
-        if slot.is_dirty_logged() {
-            return Some(Limit::DirtyLogging);
-        }
         if self.is_private(gpa) {
             return Some(self.private_limit);
         }
         if self.gmem_serves_all {
             return Some(Limit::GuestMemfd);
         }
+        let frame = level.frame(gpa).filter(|frame| slot.range().is_some_and(|range| range.contains(frame)));
+        let Some(frame) = frame else { return Some(Limit::Edges) };
+        if slot.is_dirty_logged() {
+            return Some(Limit::DirtyLogging);
+        }
         if alignment::hva_shift(&slot.region, level) != 0 {
             return Some(Limit::Congruence);
         }
-        let frame = level.frame(gpa).filter(|frame| slot.range().is_some_and(|range| range.contains(frame)));
-        let Some(frame) = frame else { return Some(Limit::Edges) };
         if self.private.within(frame).next().is_some() {
             return Some(Limit::Attributes);
         }
