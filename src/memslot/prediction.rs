@@ -280,16 +280,17 @@ impl Walk<'_> {
 
     /// Why the page at `at` is not mapped as a part of a larger one.
     fn limit(&self, at: u64, level: Level) -> Option<Limit> {
-        self.terms.limit(at, level).or_else(|| {
-            let memory = self.memory?;
-            let hva = self.hva(at);
-            let Some(run) = memory.at(hva) else { return Some(Limit::NotMapped) };
-            if run.level < level {
-                return Some(run.limit);
-            }
-            let frame = level.frame(hva)?;
-            (!run.range.contains(&frame)).then_some(Limit::MappingEdges)
-        })
+        let of_slot = self.terms.limit(at, level);
+        let is_gmem = self.terms.gmem_serves_all || self.terms.is_private(at);
+        let Some(memory) = self.memory.filter(|_| !is_gmem) else { return of_slot };
+        let hva = self.hva(at);
+        let Some(run) = memory.at(hva) else { return of_slot.or(Some(Limit::NotMapped)) };
+        if run.level < level {
+            // Whatever the slot is like: what is mapped has no larger pages.
+            return if run.limit == Limit::Backing { Some(run.limit) } else { of_slot.or(Some(run.limit)) };
+        }
+        let is_whole = level.frame(hva).is_some_and(|frame| run.range.contains(&frame));
+        of_slot.or((!is_whole).then_some(Limit::MappingEdges))
     }
 
     fn hva(&self, gpa: u64) -> u64 {
@@ -388,6 +389,15 @@ mod tests {
             let found = prediction(&slot, &RangeSet::new(), vec![run(HVA, HVA + 5 * G1, level)]);
             assert_eq!((found.allowed, found.expected), (allowed, expected));
         }
+    }
+
+    #[test]
+    fn no_remedy_is_told_that_would_not_help() {
+        let slot = slot(4 * G1, 3 * G1, HVA + M2, 0);
+        let found = prediction(&slot, &RangeSet::new(), vec![run(HVA, HVA + 5 * G1, Level::M2)]);
+        assert_eq!(found.below_1g, Cost { limit: Limit::Backing, bytes: 3 * G1 });
+        let found = prediction(&slot, &RangeSet::new(), vec![run(HVA, HVA + 5 * G1, Level::G1)]);
+        assert_eq!(found.below_1g, Cost { limit: Limit::Congruence, bytes: 3 * G1 });
     }
 
     #[test]
