@@ -12,6 +12,10 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#ifndef MFD_HUGE_SHIFT
+#define MFD_HUGE_SHIFT 26
+#endif
+
 static bool is_anonymous(enum kind kind) {
     return kind == ANON_4K || kind == ANON_THP || kind == GMEM_PRIVATE;
 }
@@ -25,9 +29,29 @@ struct combination combination_of(enum kind kind, uint64_t size) {
     return c;
 }
 
+#define GIGANTIC_POOL "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages"
+
+static bool has_gigantic_page(void) {
+    FILE *file = fopen(GIGANTIC_POOL, "r+");
+    long pages = 0;
+    if (file == NULL)
+        return false;
+    bool is_asked = fscanf(file, "%ld", &pages) == 1;
+    if (is_asked && pages == 0) { /* the kernel finds room for one only in a large and empty machine */
+        rewind(file);
+        is_asked = fprintf(file, "1") > 0 && fflush(file) == 0;
+        rewind(file);
+        is_asked = is_asked && fscanf(file, "%ld", &pages) == 1;
+    }
+    fclose(file);
+    return is_asked && pages > 0;
+}
+
 bool combination_is_had(const struct vm *vm, const struct combination *c) {
     const char *why;
     if (c->has_idle_gmem && ioctl(vm->fd, KVM_CHECK_EXTENSION, KVM_CAP_GUEST_MEMFD) <= 0)
+        return false;
+    if (c->is_gigantic && !has_gigantic_page())
         return false;
     return kind_is_had(vm, c->kind, &why) && policy_set(c->policy);
 }
@@ -64,8 +88,22 @@ static char *at(const struct scene *scene, uint64_t place) {
     return (char *)(uintptr_t)(scene->slot.hva + place);
 }
 
+static struct memory gigantic_memory(void) {
+    struct memory memory = {.kind = HUGETLB_SHARED, .size = GIB, .gmem = -1};
+    memory.fd = memfd_create("kvmprep-test", MFD_CLOEXEC | MFD_HUGETLB | 30u << MFD_HUGE_SHIFT);
+    CHECK(memory.fd >= 0);
+    CHECK_EQ(ftruncate(memory.fd, (off_t)GIB), 0);
+    memory.hva = mmap(NULL, GIB, PROT_READ | PROT_WRITE, MAP_SHARED, memory.fd, 0);
+    CHECK(memory.hva != MAP_FAILED);
+    return memory;
+}
+
 /* Memory of whole frames, with a frame more, in which the slot's own begins at the offset. */
 static void make_memory(struct scene *scene, const struct combination *c) {
+    if (c->is_gigantic) {
+        scene->memory = gigantic_memory();
+        return;
+    }
     uint64_t whole = (c->hva_offset + c->size + 2 * FRAME - 1) / FRAME * FRAME;
     scene->memory = memory_make(&scene->vm, c->kind, whole);
     if (is_anonymous(c->kind)) /* without the advice that it came with */
@@ -182,6 +220,19 @@ void scene_end(struct scene *scene) {
     if (scene->idle_gmem >= 0)
         close(scene->idle_gmem);
     vm_end(&scene->vm);
+}
+
+struct kvmprep_memslot_report scene_predict(const struct scene *scene) {
+    struct kvmprep_error err;
+    struct kvmprep_caps caps;
+    struct kvmprep_memslot_report report;
+    const struct kvmprep_range *private_memory = scene->vm.is_private ? scene->private_memory : NULL;
+    CHECK_OK(kvmprep_probe(scene->vm.kvm, scene->vm.fd, &caps, sizeof(caps), &err), err);
+    caps.vm_type = scene->vm.is_private ? KVM_X86_SW_PROTECTED_VM : 0;
+    CHECK_OK(kvmprep_memslot_predict(&caps, sizeof(caps), &scene->slot, &scene->range, private_memory,
+                                     scene->n_private, &report, sizeof(report), &err),
+             err);
+    return report;
 }
 
 /* ---- Populating and counting it ---- */

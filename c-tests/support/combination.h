@@ -5,7 +5,7 @@
  * counted.
  *
  * A combination is plain numbers, so that it can be drawn at random, printed in one line, and made again. The
- * library is not used here, so that it cannot flatter itself.
+ * library is asked for its prediction here, and used for nothing else, so that it cannot flatter itself.
  */
 #ifndef COMBINATION_H
 #define COMBINATION_H
@@ -17,6 +17,7 @@
 #include "policy.h"
 
 #define FRAME (2 * MIB)
+#define GIB (1ull << 30)
 #define MOST_PRIVATE 3
 
 /* Which of the anonymous memory is advised, or of shared memory. */
@@ -54,6 +55,7 @@ struct combination {
     struct kvmprep_range private_memory[MOST_PRIVATE];
     unsigned n_private;
     bool is_file_named; /* the library is told the file, with KVMPREP_MEMSLOT_MEMORY_FD */
+    bool is_gigantic;   /* HUGETLB_SHARED with one page of 1 GiB, at its start */
 };
 
 /* A combination that is there. */
@@ -78,6 +80,9 @@ void combination_print(const struct combination *c);
 /* Makes the VM, the memory, its state and the slot; the case ends where it cannot. */
 struct scene scene_make(const struct combination *c);
 void scene_end(struct scene *scene);
+
+/* What the library says of the scene's range. */
+struct kvmprep_memslot_report scene_predict(const struct scene *scene);
 
 /* Whether the second stage can be filled and counted at all: not under shadow paging. */
 bool scene_has_nested_paging(void);
