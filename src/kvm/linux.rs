@@ -309,6 +309,11 @@ impl Kernel for Linux {
     }
 
     fn file_status(&self, fd: RawFd) -> Sys<FileStatus> {
+        // A descriptor that only names a file (O_PATH) is none to KVM, nor to whatever else files are for.
+        // SAFETY: asks for flags.
+        if check(unsafe { libc::fcntl(fd, libc::F_GETFL) })? & libc::O_PATH != 0 {
+            return Err(Errno(libc::EBADF));
+        }
         // SAFETY: fstat fills the structure, or fails and it is not read.
         let stat = unsafe {
             let mut stat: libc::stat = std::mem::zeroed();
