@@ -1107,8 +1107,8 @@ struct kvmprep_memslot_report {
   struct kvmprep_page_counts allowed;
   /**
    * What a population of the range will get: what is in memory as it is, the rest as the kernel would allocate it. No
-   * promise: it may find no huge page free, and splits some later. Before Linux 6.7 small pages that are in memory
-   * already are not seen.
+   * promise: it may find no huge page free, and splits some later. Memory that is not mapped is in none of them. Before
+   * Linux 6.7 small pages that are in memory already are not seen.
    */
   struct kvmprep_page_counts expected;
   /**
@@ -1607,7 +1607,8 @@ int kvmprep_get_coverage(const struct kvmprep_vm *vm,
  * MEMSLOT_BEYOND_HOST, SHARED_BIT, GMEM_NOT_ONE, GMEM_TOO_SHORT, before Linux 7.2 GMEM_BOUND; or, with
  * KVMPREP_ALIGN_STRICT, MEMSLOT_MISALIGNED), -EEXIST (it overlaps another slot, or its part of the guest_memfd is bound to
  * one; `err` names it), -EBADF (its guest_memfd is no descriptor), -ENOTTY (a guest_memfd on a kernel before Linux 6.8),
- * -E2BIG (newer `caps` than this library knows). Since kvmprep 0.3.
+ * -E2BIG (newer `caps` than this library knows); where mappings are looked at, -EACCES or -ENOENT too (/proc/self/maps
+ * cannot be opened). Since kvmprep 0.3.
  */
 int kvmprep_memslot_check(const struct kvmprep_caps *caps,
                           size_t caps_size,

@@ -277,8 +277,8 @@ pub struct kvmprep_memslot_report {
     /// counts as one.
     pub allowed: kvmprep_page_counts,
     /// What a population of the range will get: what is in memory as it is, the rest as the kernel would allocate it. No
-    /// promise: it may find no huge page free, and splits some later. Before Linux 6.7 small pages that are in memory
-    /// already are not seen.
+    /// promise: it may find no huge page free, and splits some later. Memory that is not mapped is in none of them. Before
+    /// Linux 6.7 small pages that are in memory already are not seen.
     pub expected: kvmprep_page_counts,
     /// KVMPREP_LIMIT_*: why not all is expected in pages of 2 MiB or more; of several reasons, the one for the most bytes.
     pub limit_2m: u32,
@@ -392,9 +392,28 @@ fn check_existing(existing: &[kvmprep_memslot]) -> Result<()> {
     Ok(())
 }
 
-/// Reports on a slot that has passed, all of it; `None` for a deletion.
-fn report_whole(kernel: &dyn Kernel, caps: &Caps, slot: &Memslot, demand: Demand) -> Result<Option<Report>> {
-    slot.range().map(|range| report(kernel, caps, slot, range, None, demand)).transpose()
+/// What a check that KVM's rules let pass returns: holds the slot to the alignment rule, and reports where that is wanted.
+///
+/// # Safety
+/// `report` is NULL or points to `report_size` writable bytes.
+unsafe fn conclude(
+    kernel: &dyn Kernel,
+    caps: &Caps,
+    slot: &Memslot,
+    demand: Demand,
+    verdict: Verdict,
+    (report, report_size): (*mut kvmprep_memslot_report, usize),
+) -> Result<c_int> {
+    demand.check(kernel, slot)?;
+    if !report.is_null() {
+        // A deletion leaves nothing to report on.
+        let whole =
+            slot.range().map(|range| self::report(kernel, caps, slot, range, None, demand)).transpose()?;
+        let written = kvmprep_memslot_report::new(verdict, whole.as_ref());
+        // SAFETY: passed on from the caller.
+        unsafe { write_sized(report, report_size, &written, "report")? };
+    }
+    Ok(0)
 }
 
 /// Says whether KVM would take a memslot, before it is asked: as KVM_SET_USER_MEMORY_REGION, or its second version with
@@ -417,7 +436,8 @@ fn report_whole(kernel: &dyn Kernel, caps: &Caps, slot: &Memslot, demand: Demand
 /// MEMSLOT_BEYOND_HOST, SHARED_BIT, GMEM_NOT_ONE, GMEM_TOO_SHORT, before Linux 7.2 GMEM_BOUND; or, with
 /// KVMPREP_ALIGN_STRICT, MEMSLOT_MISALIGNED), -EEXIST (it overlaps another slot, or its part of the guest_memfd is bound to
 /// one; `err` names it), -EBADF (its guest_memfd is no descriptor), -ENOTTY (a guest_memfd on a kernel before Linux 6.8),
-/// -E2BIG (newer `caps` than this library knows). Since kvmprep 0.3.
+/// -E2BIG (newer `caps` than this library knows); where mappings are looked at, -EACCES or -ENOENT too (/proc/self/maps
+/// cannot be opened). Since kvmprep 0.3.
 ///
 /// # Safety
 /// `caps` points to `caps_size` bytes, `existing` to `n_existing` elements, `slot` to a kvmprep_memslot, `report` to
@@ -445,17 +465,7 @@ pub unsafe extern "C" fn kvmprep_memslot_check(
             check_optional_out(report, report_size, "report")?;
             let kernel = Linux::default();
             let verdict = check::check(&kernel, &caps, &Listed(existing), &slot)?;
-            demand.check(&kernel, &slot)?;
-            if !report.is_null() {
-                let found = report_whole(&kernel, &caps, &slot, demand)?;
-                write_sized(
-                    report,
-                    report_size,
-                    &kvmprep_memslot_report::new(verdict, found.as_ref()),
-                    "report",
-                )?;
-            }
-            Ok(0)
+            conclude(&kernel, &caps, &slot, demand, verdict, (report, report_size))
         })
     }
 }
@@ -489,17 +499,7 @@ pub unsafe extern "C" fn kvmprep_vm_check_memslot(
             let demand = decode_rule(alignment_rule, "alignment_rule")?;
             check_optional_out(report, report_size, "report")?;
             let verdict = vm.check(&slot)?;
-            demand.check(&*vm.kernel, &slot)?;
-            if !report.is_null() {
-                let found = report_whole(&*vm.kernel, vm.caps()?, &slot, demand)?;
-                write_sized(
-                    report,
-                    report_size,
-                    &kvmprep_memslot_report::new(verdict, found.as_ref()),
-                    "report",
-                )?;
-            }
-            Ok(0)
+            conclude(&*vm.kernel, vm.caps()?, &slot, demand, verdict, (report, report_size))
         })
     }
 }
