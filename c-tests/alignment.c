@@ -220,6 +220,23 @@ static void history_is_told_apart(void) {
     }
 }
 
+/* Without a guest_memfd what stands in its offset means nothing. */
+static void slots_without_a_guest_memfd(void) {
+    struct vm vm = vm_make();
+    struct kvmprep_caps caps = caps_of(&vm);
+    struct kvmprep_memslot slot = KVMPREP_MEMSLOT_INIT;
+    const struct verdict huge = {0, GIB, 0, 0}, page = {0, 4 * KIB, 0, 0};
+    slot.slot = NUMBER;
+    slot.gpa = GIB;
+    slot.size = GIB;
+    slot.hva = FREE_HVA;
+    slot.guest_memfd_offset = 4 * KIB;
+    check_verdict(&caps, &slot, KVMPREP_ALIGN_SIZE, huge);
+    check_verdict(&caps, &slot, KVMPREP_ALIGN_SLOT, huge);
+    check_verdict(&caps, &slot, KVMPREP_ALIGN_KERNEL, page);
+    vm_end(&vm);
+}
+
 /* An offset that no page begins at, or beyond the file's end, is an error under each rule, never a mere
  * breach. */
 static void what_no_rule_takes(void) {
@@ -425,6 +442,7 @@ int main(int argc, char **argv) {
     static const struct check_case cases[] = {
         {"history_is_told_apart", history_is_told_apart},
         {"offsets", offsets},
+        {"slots_without_a_guest_memfd", slots_without_a_guest_memfd},
         {"what_no_rule_takes", what_no_rule_takes},
         {"addresses", addresses},
         {"backings", backings},

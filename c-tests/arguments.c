@@ -303,6 +303,9 @@ static void memslots_without_a_handle(void) {
     }
     slot.size = 0;
     CHECK_PART(NULL, NULL, 0, KVMPREP_REASON_RANGE_EMPTY);
+    slot.size = PAGE << 31; /* which KVM does not take */
+    slot.gpa = 0;
+    CHECK_PART(NULL, NULL, 0, KVMPREP_REASON_MEMSLOT_TOO_LARGE);
 #undef CHECK_PART
     CHECK(memcmp(&report, &before, sizeof(report)) == 0);
 }

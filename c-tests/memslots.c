@@ -14,6 +14,9 @@
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdlib.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -434,7 +437,14 @@ static void overlaps(void) {
     check_taken(&p, &p.good);
     p.good.gpa = memory.gpa - SIZE;
     check_taken(&p, &p.good);
-    if (p.caps.address_spaces > 1) {
+    struct kvmprep_memslot elsewhere = p.good;
+    elsewhere.slot |= 1u << 16;
+    elsewhere.gpa = memory.gpa;
+    const uint32_t spaces = p.caps.address_spaces;
+    p.caps.address_spaces = 2; /* where there is one only, it is said to be so */
+    CHECK_OK(check_in_list(&p, &elsewhere, NULL, &p.s.err), p.s.err);
+    p.caps.address_spaces = spaces;
+    if (spaces > 1) {
         p.good.gpa = memory.gpa;
         p.good.slot |= 1u << 16;
         struct kvmprep_memslot deletion = deletion_of(p.good.slot);
@@ -531,14 +541,65 @@ static void descriptors(void) {
     struct place p = place_make_with_gmem();
     int closed = eventfd(0, EFD_CLOEXEC), event = eventfd(0, EFD_CLOEXEC);
     int memfd = memfd_create("kvmprep-test", MFD_CLOEXEC);
+    char link[32];
+    snprintf(link, sizeof(link), "/proc/self/fd/%d", p.gmem);
+    int name = open(link, O_PATH | O_CLOEXEC); /* names the right file and has it not open */
+    CHECK(name >= 0);
     CHECK_EQ(ftruncate(memfd, 2 * SIZE), 0);
     close(closed);
     CHECK_RULE(&p, REFUSED(EBADF, BAD_FD, 0, 0), slot.guest_memfd = -1);
     CHECK_RULE(&p, REFUSED(EBADF, BAD_FD, (uint64_t)closed, 0), slot.guest_memfd = closed);
+    CHECK_RULE(&p, REFUSED(EBADF, BAD_FD, (uint64_t)name, 0), slot.guest_memfd = name);
     CHECK_RULE(&p, REFUSED(EINVAL, GMEM_NOT_ONE, (uint64_t)event, 0), slot.guest_memfd = event);
     CHECK_RULE(&p, REFUSED(EINVAL, GMEM_NOT_ONE, (uint64_t)memfd, 0), slot.guest_memfd = memfd);
     CHECK_RULE(&p, REFUSED(EINVAL, GMEM_NOT_ONE, (uint64_t)p.s.vm.fd, 0), slot.guest_memfd = p.s.vm.fd);
     close(event);
+    close(memfd);
+    close(name);
+    place_end(&p);
+}
+
+/* The record's check, by a thread that cannot see /proc. */
+struct look {
+    const struct place *place;
+    const struct kvmprep_memslot *slot;
+    const char *empty_directory;
+    struct kvmprep_memslot_report report;
+    struct kvmprep_error err;
+    int result, is_blind;
+};
+
+static void *look_without_proc(void *argument) {
+    struct look *look = argument;
+    look->is_blind = unshare(CLONE_FS) == 0 && chroot(look->empty_directory) == 0;
+    if (look->is_blind)
+        look->result = check_in_record(look->place, look->slot, &look->report, &look->err);
+    return NULL;
+}
+
+/* What kind of file a descriptor is /proc tells. Without it the check cannot know, and says so. */
+static void descriptors_without_proc(void) {
+    struct place p = place_make_with_gmem();
+    struct kvmprep_memslot slot = p.good;
+    int memfd = memfd_create("kvmprep-test", MFD_CLOEXEC);
+    const int fds[] = {p.gmem, memfd};
+    char directory[] = P_tmpdir "/kvmprep-test-XXXXXX";
+    CHECK_EQ(ftruncate(memfd, 2 * SIZE), 0);
+    CHECK(mkdtemp(directory) != NULL);
+    for (int i = 0; i < 2; i++) {
+        struct look look = {.place = &p, .slot = &slot, .empty_directory = directory};
+        pthread_t thread;
+        slot.guest_memfd = fds[i];
+        CHECK_EQ(pthread_create(&thread, NULL, look_without_proc, &look), 0);
+        pthread_join(thread, NULL);
+        if (!look.is_blind) {
+            rmdir(directory);
+            check_skipped("this user may not hide /proc from a thread (chroot)");
+        }
+        CHECK_OK(look.result, look.err);
+        CHECK_EQ(look.report.unknown, KVMPREP_UNKNOWN_GMEM_OWNER | KVMPREP_UNKNOWN_GMEM_KIND);
+    }
+    rmdir(directory);
     close(memfd);
     place_end(&p);
 }
@@ -777,6 +838,7 @@ int main(int argc, char **argv) {
         {"offsets_in_a_guest_memfd", offsets_in_a_guest_memfd},
         {"flags_beside_a_guest_memfd", flags_beside_a_guest_memfd},
         {"descriptors", descriptors},
+        {"descriptors_without_proc", descriptors_without_proc},
         {"guest_memfd_of_another_vm", guest_memfd_of_another_vm},
         {"pieces_of_a_guest_memfd", pieces_of_a_guest_memfd},
         {"guest_memfd_that_was_closed", guest_memfd_that_was_closed},
