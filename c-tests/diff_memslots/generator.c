@@ -29,7 +29,7 @@ static uint32_t free_number(struct diff_random *r, const struct world *w) {
 
 /* A few places, so that slots often meet; KVM's own slots are, on some hosts, among them. */
 static uint64_t any_gpa(struct diff_random *r) {
-    static const uint64_t bases[] = {0, 0, 0, GIB, 4 * GIB, 0xfee00000, 0xfffbc000};
+    static const uint64_t bases[] = {0, 0, 0, GIB, 4 * GIB, 0xfedf0000, 0xfffb8000};
     return CHOICE(r, bases) + diff_below(r, 24) * PAGE;
 }
 
@@ -256,6 +256,8 @@ static void sharpen(struct diff_random *r, const struct world *w, struct operati
         break;
     case 1:
         step->size = size_edge(r, step);
+        if (step->size / PAGE > MOST_PAGES && diff_chance(r, 2))
+            step->gpa = 64 * GIB; /* where it meets no other slot */
         break;
     case 2:
         step->hva = hva_edge(r, w, step);

@@ -124,6 +124,10 @@ unsigned world_vm_types(void) {
     return shared.types;
 }
 
+bool world_has_internal_slots(unsigned long vm_type) {
+    return shared.type[vm_type].has_internal;
+}
+
 const struct kvmprep_caps *world_caps(unsigned long vm_type) {
     return &shared.type[vm_type].caps;
 }

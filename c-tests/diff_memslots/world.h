@@ -44,6 +44,8 @@ struct answers {
 void world_prepare(void);
 /* How many types of VM this kernel has of those that are tried (0 and SW_PROTECTED): 1 or 2. */
 unsigned world_vm_types(void);
+/* Whether KVM makes slots of its own in such VMs. */
+bool world_has_internal_slots(unsigned long vm_type);
 /* What the VM type is able to do. */
 const struct kvmprep_caps *world_caps(unsigned long vm_type);
 
