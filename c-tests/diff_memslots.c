@@ -272,7 +272,7 @@ static void print_shrunk(const struct sequence *sequence) {
              kernel.release, what == NULL ? "not seen again" : what, said(a.kernel), said(a.check),
              kvmprep_reason_name(a.check_err.reason));
     printf("  shrunk to %u steps:\n", sequence->n);
-    program_print(sequence, found);
+    program_print(sequence, found, world_has_internal_slots(sequence->vm_type));
 }
 
 static void tell_of_mismatch(const struct sequence *sequence, const char *what, const struct answers *a) {

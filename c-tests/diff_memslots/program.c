@@ -45,6 +45,13 @@ static const char gmem_helper[] = "static int guest_memfd(int of, uint64_t size,
 static const char beginning[] = "int main(void) {\n"
                                 "    int kvm = open(\"/dev/kvm\", O_RDWR);\n";
 
+static const char internal_slots[] =
+    "    uint64_t identity_map = 0xfffbc000;\n"
+    "    ioctl(vm, 0xae47, 0xfffbd000ul); /* KVM_SET_TSS_ADDR */\n"
+    "    ioctl(vm, 0x4008ae48, &identity_map); /* KVM_SET_IDENTITY_MAP_ADDR */\n"
+    "    ioctl(vm, 0xae60, 0ul); /* KVM_CREATE_IRQCHIP */\n"
+    "    ioctl(vm, 0xae41, 0ul); /* KVM_CREATE_VCPU */\n";
+
 static const char *const names[FILES] = {"short_file", "long_file", "mappable_file", "others_file", "memfd",
                                          "device",     "vm",        "1000",          "-1"};
 
@@ -150,9 +157,10 @@ static void print_step(const struct operation *step) {
     }
 }
 
-void program_print(const struct sequence *sequence, const char *found) {
+void program_print(const struct sequence *sequence, const char *found, bool has_internal_slots) {
     printf("/* %s */\n%s%s%s", found, opening, makes_a_gmem(sequence) ? gmem_helper : "", beginning);
     printf("    vm = ioctl(kvm, 0xae01, %luul);\n", sequence->vm_type);
+    printf("%s", has_internal_slots ? internal_slots : "");
     print_files(sequence);
     for (unsigned i = 0; i < sequence->n; i++)
         print_step(&sequence->steps[i]);

@@ -7,7 +7,8 @@
 
 #include "operation.h"
 
-/* `found` is told in the program's opening comment. */
-void program_print(const struct sequence *sequence, const char *found);
+/* `found` is told in the program's opening comment. With internal slots the VM gets what makes KVM add its
+ * own. */
+void program_print(const struct sequence *sequence, const char *found, bool has_internal_slots);
 
 #endif
