@@ -135,7 +135,7 @@ static struct {
     uint64_t internal[VM_TYPES]; /* a slot of KVM's own was in the way */
     uint64_t refused[4];
     uint64_t changed[CHANGES];
-    uint64_t alone[VM_TYPES][RULES]; /* the rule was broken, and no other */
+    uint64_t alone[VM_TYPES][RULES]; /* refused, for that rule and no other */
 } met;
 
 static const struct {
@@ -155,7 +155,7 @@ static void count(const struct world *w, const struct operation *step, const str
     for (size_t i = 0; i < sizeof(codes) / sizeof(codes[0]); i++)
         met.refused[i] += a->kernel == codes[i].code;
     for (unsigned rule = 0; rule < RULES; rule++)
-        met.alone[w->vm_type][rule] += a->broken == 1u << rule;
+        met.alone[w->vm_type][rule] += a->kernel < 0 && a->broken == 1u << rule;
 }
 
 static void print_what_was_met(void) {
