@@ -165,13 +165,13 @@ impl Survey<'_> {
             };
             let Some(exception) = exception.and_then(|(start, end)| around(start, end).intersect(&rest))
             else {
-                self.push(rest, limit);
+                self.push(found, rest, limit);
                 break;
             };
             if let Some(before) = Range::between(at, exception.start) {
-                self.push(before, limit);
+                self.push(found, before, limit);
             }
-            self.push(exception, if limit.is_none() { Some(Limit::Resident) } else { None });
+            self.push(found, exception, if limit.is_none() { Some(Limit::Resident) } else { None });
             at = exception.end;
         }
         Ok(())
@@ -200,10 +200,12 @@ impl Survey<'_> {
         Ok(None)
     }
 
-    /// Adds memory that has pages of 2 MiB, or for that reason not.
-    fn push(&mut self, range: Range, limit: Option<Limit>) {
+    /// Adds a part of `mapping` that has pages of 2 MiB, or for that reason not. No page lies in two mappings, so runs of
+    /// different ones stay apart.
+    fn push(&mut self, mapping: Range, range: Range, limit: Option<Limit>) {
         let (level, limit) = limit.map_or((Level::M2, Limit::Backing), |limit| (Level::K4, limit));
-        match self.runs.last_mut() {
+        let last = self.runs.last_mut().filter(|last| mapping.contains(&last.range));
+        match last {
             Some(last) if last.range.end == range.start && (last.level, last.limit) == (level, limit) => {
                 last.range.end = range.end;
             }
