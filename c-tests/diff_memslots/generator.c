@@ -140,7 +140,8 @@ static struct operation bound_again(struct diff_random *r, const struct world *w
 }
 
 static struct operation change_of_file(struct diff_random *r) {
-    return (struct operation){.deed = diff_chance(r, 2) ? RENEW_FILE : CLOSE_ONE,
+    static const enum deed deeds[] = {CLOSE_ONE, CLOSE_ONE, RENEW_FILE, REUSE_NUMBERS};
+    return (struct operation){.deed = CHOICE(r, deeds),
                               .file = (enum file)diff_below(r, OWN_FILES),
                               .second_descriptor = diff_chance(r, 2)};
 }

@@ -31,6 +31,8 @@ enum deed {
     /* Closes both descriptors of an own file, which unbinds it everywhere, and makes a new file in its place.
      */
     RENEW_FILE,
+    /* The same, and the new file gets the old one's numbers. */
+    REUSE_NUMBERS,
     /* Closes one of the two, which unbinds nothing, and duplicates the other. */
     CLOSE_ONE,
 };

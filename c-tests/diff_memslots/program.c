@@ -150,6 +150,7 @@ static void print_step(const struct operation *step) {
                suffix(step, step->second_descriptor));
         break;
     case RENEW_FILE:
+    case REUSE_NUMBERS:
         printf("    close(%s);\n    close(%s_2);\n    %s = ", name, name, name);
         print_making(step->file);
         printf(", %s_2 = dup(%s);\n", name, name);

@@ -11,7 +11,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-/* Descriptors of own files lie from here on, and none is used twice in a VM: what is closed stays closed. */
+/* Descriptors of own files lie from here on. */
 #define FIRST_DESCRIPTOR 64
 #define CLOSED_DESCRIPTOR 1000
 #define TSS_ADDR 0xfffbd000ull
@@ -214,13 +214,22 @@ static int highest_descriptor(const struct world *w) {
     return highest;
 }
 
+/* Whoever has closed a slot's guest_memfd must not name another file by the old number. */
+static void forget_file(struct world *w, enum file file) {
+    for (size_t i = 0; i < w->n_slots; i++)
+        if (w->slots[i].guest_memfd == w->files[file][0] || w->slots[i].guest_memfd == w->files[file][1])
+            w->slots[i].guest_memfd = -1;
+}
+
 void world_change_file(struct world *w, const struct operation *step) {
+    bool second = step->second_descriptor;
     if (step->deed == CLOSE_ONE) {
-        bool second = step->second_descriptor;
         CHECK(dup3(w->files[step->file][!second], w->files[step->file][second], O_CLOEXEC) >= 0);
         return;
     }
-    int lowest = highest_descriptor(w) + 1;
+    int lowest = step->deed == RENEW_FILE ? highest_descriptor(w) + 1 : w->files[step->file][0];
+    if (step->deed == REUSE_NUMBERS)
+        forget_file(w, step->file);
     close_file(w, step->file);
     make_file(w, step->file, lowest);
 }
