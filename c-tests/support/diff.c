@@ -25,7 +25,7 @@ void diff_report(uint64_t seed, uint64_t operations, uint64_t mismatches) {
            mismatches);
 }
 
-/* splitmix64: every seed is a good one. */
+/* The generator called splitmix64: every seed is a good one. */
 uint64_t diff_next(struct diff_random *random) {
     uint64_t z = random->state += 0x9e3779b97f4a7c15;
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;

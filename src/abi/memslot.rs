@@ -155,8 +155,8 @@ pub const KVMPREP_ALIGN_CONGRUENT: u32 = 0;
 /// What KVM enforces and no more: the offset into a guest_memfd is a multiple of 4096. That is checked in any case.
 pub const KVMPREP_ALIGN_KERNEL: u32 = 1;
 /// The offset into a guest_memfd is a multiple of the largest page that the slot's size allows: 1 GiB from 1 GiB on, 2 MiB
-/// from 2 MiB on, else 4 KiB. For code that must run on a kernel that enforces it, as KVM's maintainer proposed (on
-/// linux-arch, 2023-04-25). It says nothing of slots without a guest_memfd.
+/// from 2 MiB on, else 4 KiB. For code that must run on a kernel that enforces it, as KVM's maintainer proposed
+/// (linux-arch list, 2023-04-25). It says nothing of slots without a guest_memfd.
 pub const KVMPREP_ALIGN_SIZE: u32 = 2;
 /// The looser form that he allowed: the largest page that the slot as a whole allows, no larger than its size and
 /// dividing its gpa.

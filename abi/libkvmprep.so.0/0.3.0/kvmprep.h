@@ -448,8 +448,8 @@
 
 /**
  * The offset into a guest_memfd is a multiple of the largest page that the slot's size allows: 1 GiB from 1 GiB on, 2 MiB
- * from 2 MiB on, else 4 KiB. For code that must run on a kernel that enforces it, as KVM's maintainer proposed (on
- * linux-arch, 2023-04-25). It says nothing of slots without a guest_memfd.
+ * from 2 MiB on, else 4 KiB. For code that must run on a kernel that enforces it, as KVM's maintainer proposed
+ * (linux-arch list, 2023-04-25). It says nothing of slots without a guest_memfd.
  */
 #define KVMPREP_ALIGN_SIZE 2
 
