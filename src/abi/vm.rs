@@ -86,6 +86,13 @@ unsafe impl Growing for kvmprep_vm_config {
 /// One VM. Made by kvmprep_vm_new(), freed by kvmprep_vm_free(); may be used by many threads at once.
 pub struct kvmprep_vm(pub(super) Arc<Vm>);
 
+/// For Rust programs that call the C functions with a kernel of their own beneath.
+impl From<Arc<Vm>> for kvmprep_vm {
+    fn from(vm: Arc<Vm>) -> Self {
+        Self(vm)
+    }
+}
+
 /// Makes a handle for a VM, without slots: tell it of them with kvmprep_vm_set_memslots(),
 /// kvmprep_memslot_set() or kvmprep_memslot_note().
 ///

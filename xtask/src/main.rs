@@ -4,6 +4,7 @@ mod abi;
 mod bed;
 mod bench;
 mod demo;
+mod fuzz;
 mod install;
 mod lanes;
 mod man;
@@ -32,6 +33,8 @@ enum Command {
     Test(test::Cli),
     /// The tests' full-size runs.
     Soak(soak::Cli),
+    /// Call the C interface with what libFuzzer makes up, under AddressSanitizer.
+    Fuzz(fuzz::Cli),
     /// Measure the library against what people do without it.
     Bench(bench::Cli),
     /// Boot real Linux kernels with real KVM under emulation.
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         Command::Demo(cli) => demo::main(cli),
         Command::Test(cli) => test::main(cli),
         Command::Soak(cli) => soak::main(cli),
+        Command::Fuzz(cli) => fuzz::main(cli),
         Command::Bench(cli) => bench::main(cli),
         Command::Bed(cli) => bed::main(cli),
         Command::Install(cli) => install::main(cli),

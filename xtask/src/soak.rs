@@ -1,12 +1,17 @@
 //! `cargo xtask soak`: the C tests of `cargo xtask test` with many times the rounds, for hours if one likes.
 //!
-//! Nothing here is different from the tests but the number of rounds, which each reads from its environment.
+//! Nothing here is different from the tests but the number of rounds, which each reads from its environment, and for how
+//! long the C interface is fuzzed.
 
 use crate::bed::{self, Bed};
+use crate::fuzz;
 use crate::lanes;
 use crate::test::{Tests, kernel_lane};
 use anyhow::Result;
 use std::time::Instant;
+
+/// At a scale of 1: ten minutes at the default scale.
+const FUZZING_SECONDS: u64 = 12;
 
 #[derive(clap::Args)]
 pub struct Cli {
@@ -33,6 +38,7 @@ pub fn main(cli: Cli) -> Result<()> {
     }
     if cli.kernels.is_empty() && cli.programs.is_empty() {
         lanes.push(bed::qemu_lane(&bed)?);
+        lanes.push(fuzz::lane(FUZZING_SECONDS * u64::from(cli.scale)));
     }
     lanes::conclude("soak.json", started, &lanes)
 }

@@ -6,6 +6,7 @@
 use crate::abi;
 use crate::bed::{self, Bed, Guest, Kernel, ResolveError};
 use crate::bench;
+use crate::fuzz;
 use crate::install;
 use crate::lanes::{self, Counts, Lane, cargo_counts, case_counts};
 use crate::man;
@@ -100,6 +101,7 @@ fn source_lane(bed: &Bed) -> Result<Lane> {
     lane.check("rustdoc", rustdoc());
     cargo_tests(&mut lane, "cargo test", &["test", "--workspace", "--no-fail-fast"], &[]);
     cargo_tests(&mut lane, "cargo test, AddressSanitizer", SANITIZED, &sanitizer_environment());
+    lane.check("fuzzing, 20 s", fuzz::check(20));
     let built = Programs::prepare()?;
     abi::check(&mut lane, &built, bed);
     lane.check("the README's example", readme_example(&built));
@@ -113,11 +115,14 @@ fn source_lane(bed: &Bed) -> Result<Lane> {
 const SANITIZED: &[&str] =
     &["test", "--package", "kvmprep", "--lib", "--tests", "--target", "x86_64-unknown-linux-gnu"];
 
+/// What has rustc put AddressSanitizer in.
+pub const ADDRESS_SANITIZER: &str = "-Zsanitizer=address -Cunsafe-allow-abi-mismatch=sanitizer";
+
 fn sanitizer_environment() -> [(&'static str, &'static str); 3] {
     [
         // The sanitizer's switch is not stable, its runtime comes with the stable toolchain all the same.
         ("RUSTC_BOOTSTRAP", "1"),
-        ("RUSTFLAGS", "-Zsanitizer=address -Cunsafe-allow-abi-mismatch=sanitizer"),
+        ("RUSTFLAGS", ADDRESS_SANITIZER),
         ("CARGO_TARGET_DIR", "target/kvmprep/sanitized"),
     ]
 }
