@@ -1170,6 +1170,22 @@ static void handle_with_a_job(void) {
     setting_end(&s);
 }
 
+/* What KVM's module says of nested paging; -1 where it says nothing. */
+static int nested_paging_of_the_module(void) {
+    static const char *const parameters[] = {"/sys/module/kvm_intel/parameters/ept",
+                                             "/sys/module/kvm_amd/parameters/npt"};
+    int found = -1;
+    for (int i = 0; i < 2; i++) {
+        FILE *file = fopen(parameters[i], "r");
+        if (file == NULL)
+            continue;
+        int letter = fgetc(file);
+        found = letter == 'Y' || letter == '1';
+        fclose(file);
+    }
+    return found;
+}
+
 /* The probe's answers, where they can be known otherwise. */
 static void probe(void) {
     struct setting s = setting_make(ANON_4K, SIZE);
@@ -1183,6 +1199,20 @@ static void probe(void) {
     CHECK_EQ(caps.address_spaces, spaces > 1 ? spaces : 1); /* there is always one */
     CHECK_EQ(caps.read_only_memslots, 1);
     CHECK(caps.gpa_bits >= 36 && caps.gpa_bits <= 52);
+    int nested = nested_paging_of_the_module();
+    if (nested >= 0)
+        CHECK_EQ(caps.nested_paging, nested);
+    CHECK_EQ(caps.user_memory2, ioctl(s.vm.fd, KVM_CHECK_EXTENSION, 231) > 0); /* KVM_CAP_USER_MEMORY2 */
+    CHECK(caps.hva_end % PAGE == 0 && caps.hva_end > s.slot.hva);
+    CHECK_EQ(caps.vm_type, 0); /* the caller's to set */
+    CHECK_EQ(caps.gpa_shared_bit, 0);
+    /* A program that was built with 0.2 has room for less. */
+    struct kvmprep_caps old;
+    memset(&old, 0xa5, sizeof(old));
+    CHECK_OK(kvmprep_probe(-1, s.vm.fd, &old, offsetof(struct kvmprep_caps, nested_paging), &s.err), s.err);
+    CHECK_EQ(offsetof(struct kvmprep_caps, nested_paging), 56);
+    CHECK(memcmp(&old, &caps, 56) == 0);
+    CHECK_EQ(old.nested_paging, 0xa5a5a5a5);
     setting_end(&s);
 }
 
