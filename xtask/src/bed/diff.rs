@@ -12,6 +12,7 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use super::{Bed, Guest, Kernel, ResolveError};
+use crate::lanes::case_counts;
 use crate::programs::Programs;
 use crate::{project, test};
 
@@ -217,6 +218,10 @@ impl Comparison<'_> {
             .context("cannot start the program")?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         print!("{text}");
+        let counts = case_counts(&text);
+        if counts.skipped > 0 && counts.passed + counts.failed == 0 {
+            return Err(ResolveError::Unavailable("every case was skipped, see above".into()));
+        }
         let trouble = (!output.status.success()).then(|| format!("it ended with {}", output.status));
         Ok(Ran { release: release.trim().into(), output: text, trouble })
     }
