@@ -260,6 +260,7 @@ impl Walk<'_> {
     /// Where one of these limits may be another, or nothing be mapped any more.
     fn end_of_limits(&self, at: u64, limits: &[Limit; 3]) -> u64 {
         let is_private = || self.terms.private.within(Range { start: at, end: at + 1 }).next().is_some();
+        let slot_end = self.terms.slot.range().map_or(self.range.end, |range| range.end);
         let end = |level: Level| match limits[level as usize] {
             // In private memory that the slot cannot have, it is so for every frame.
             Limit::Attributes if is_private() => u64::MAX,
@@ -267,7 +268,8 @@ impl Walk<'_> {
             Limit::Edges | Limit::Attributes | Limit::MappingEdges => {
                 level.frame(at).map_or(u64::MAX, |frame| frame.end)
             }
-            _ => u64::MAX,
+            // The slot's tail has another.
+            _ => Some(slot_end - level.remainder(slot_end)).filter(|end| at < *end).unwrap_or(u64::MAX),
         };
         self.end_of_alike(at).min(end(Level::M2)).min(end(Level::G1))
     }
@@ -376,6 +378,18 @@ mod tests {
         let found = prediction(&slot, &RangeSet::new(), vec![run(HVA, HVA + 8 * M2, Level::M2)]);
         assert_eq!(found.expected, counts(2048, 0, 0));
         assert_eq!(found.below_2m, Cost { limit: Limit::Congruence, bytes: 4 * M2 });
+    }
+
+    #[test]
+    fn a_limit_that_could_be_lifted_spares_head_and_tail() {
+        for (hva, flags, limit) in
+            [(HVA, 0, Limit::Congruence), (HVA + 0x3000, MEM_LOG_DIRTY_PAGES, Limit::DirtyLogging)]
+        {
+            let slot = slot(G1 + 0x3000, 3 * M2, hva, flags);
+            let found = prediction(&slot, &RangeSet::new(), vec![run(HVA, HVA + 4 * M2, Level::M2)]);
+            assert_eq!(found.expected, counts(3 * 512, 0, 0));
+            assert_eq!(found.below_2m, Cost { limit, bytes: 2 * M2 });
+        }
     }
 
     #[test]
