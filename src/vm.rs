@@ -97,9 +97,10 @@ pub(crate) fn check_vm(kernel: &dyn Kernel, fd: RawFd) -> Result<()> {
 fn refused_slot(slot: &Memslot, verdict: Verdict, errno: Errno) -> Error {
     if errno.0 == libc::EINVAL && verdict.gmem_owner_unknown {
         let fd = slot.region.guest_memfd;
+        let what = if verdict.gmem_kind_unknown { "is another VM's, or none" } else { "is another VM's" };
         let error = Error::invalid(
             Reason::GmemOtherVm,
-            format!("KVM refused the memslot, and all else is right: guest_memfd {fd} is another VM's"),
+            format!("KVM refused the memslot, and all else is right: guest_memfd {fd} {what}"),
         );
         let error = error.hint("use one that KVM_CREATE_GUEST_MEMFD made for this VM");
         return Error { range: slot.range(), ..error.stage(Stage::Memslot).slot(slot.id()) };

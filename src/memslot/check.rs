@@ -187,8 +187,10 @@ impl Check<'_> {
             return Ok(Change::Delete);
         }
         let toggled = new.flags ^ old.flags;
-        let what = if new.flags & MEM_GUEST_MEMFD != 0 {
+        let what = if new.flags & old.flags & MEM_GUEST_MEMFD != 0 {
             "a slot with a guest_memfd cannot change at all".to_string()
+        } else if new.flags & MEM_GUEST_MEMFD != 0 {
+            "it has no guest_memfd and cannot be given one".to_string()
         } else if new.hva != old.hva {
             format!("its hva {:#x} cannot become {:#x}", old.hva, new.hva)
         } else if new.size != old.size {
