@@ -565,19 +565,22 @@ struct look {
     const struct kvmprep_memslot *slot;
     const char *empty_directory;
     struct kvmprep_memslot_report report;
-    struct kvmprep_error err;
-    int result, is_blind;
+    struct kvmprep_error err, error_of_set;
+    int result, result_of_set;
+    bool is_blind;
 };
 
 static void *look_without_proc(void *argument) {
     struct look *look = argument;
     look->is_blind = unshare(CLONE_FS) == 0 && chroot(look->empty_directory) == 0;
-    if (look->is_blind)
+    if (look->is_blind) {
         look->result = check_in_record(look->place, look->slot, &look->report, &look->err);
+        look->result_of_set = kvmprep_memslot_set(look->place->s.handle, look->slot, &look->error_of_set);
+    }
     return NULL;
 }
 
-/* What kind of file a descriptor is /proc tells. Without it the check cannot know, and says so. */
+/* What kind of file a descriptor is /proc tells. Without it the check cannot know, and says so; KVM knows. */
 static void descriptors_without_proc(void) {
     struct place p = place_make_with_gmem();
     struct kvmprep_memslot slot = p.good;
@@ -598,6 +601,14 @@ static void descriptors_without_proc(void) {
         }
         CHECK_OK(look.result, look.err);
         CHECK_EQ(look.report.unknown, KVMPREP_UNKNOWN_GMEM_OWNER | KVMPREP_UNKNOWN_GMEM_KIND);
+        if (fds[i] == p.gmem) {
+            struct kvmprep_memslot deletion = deletion_of(NUMBER);
+            CHECK_OK(look.result_of_set, look.error_of_set);
+            CHECK_OK(kvmprep_memslot_set(p.s.handle, &deletion, &p.s.err), p.s.err);
+        } else {
+            CHECK_ERR(look.result_of_set, look.error_of_set, EINVAL, KVMPREP_REASON_GMEM_OTHER_VM);
+            CHECK(strstr(look.error_of_set.message, "or none") != NULL);
+        }
     }
     rmdir(directory);
     close(memfd);
