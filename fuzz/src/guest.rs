@@ -30,6 +30,8 @@ pub struct Guest {
     pub has_own_width: bool,
     /// Whether memory may have been populated.
     pub has_touched: bool,
+    /// Whether a change was announced at some time: jobs may wait two seconds for its end, and often.
+    pub may_hold_up: bool,
     /// The slots that the real VM has been given.
     in_kernel: BTreeSet<u32>,
     /// Whether the handle knows what the real VM knows.
@@ -52,6 +54,7 @@ impl Guest {
             caps,
             has_own_width,
             has_touched: false,
+            may_hold_up: false,
             in_kernel: BTreeSet::new(),
             is_in_step: true,
             world,
@@ -157,6 +160,7 @@ impl Guest {
             known[input.below(known.len())]
         }
         .slot;
+        self.may_hold_up = true;
         call(input, "kvmprep_memslot_changing", &slot, |err| {
             // SAFETY: the handle lives.
             unsafe { kvmprep_memslot_changing(self.vm, slot, err) }

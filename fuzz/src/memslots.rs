@@ -343,6 +343,10 @@ fn judge_congruence(name: &str, report: &kvmprep_memslot_report, slot: &kvmprep_
     let breaches = if report.hva_shift == 0 { 0 } else { KVMPREP_BREACH_HVA };
     demand(report.breaches == breaches && report.offset_shift == 0, name, "a breach where a shift mends one");
     demand(alignment == PAGE || whole_pages(slot, alignment) > 0, name, "a page of which the slot holds one");
+    if (KVMPREP_BACKING_ANONYMOUS..=KVMPREP_BACKING_SHMEM_PRIVATE).contains(&slot.backing) {
+        let largest = if whole_pages(slot, HUGE) > 0 { HUGE } else { PAGE };
+        demand(alignment == largest, name, "the largest page that the slot and its backing have");
+    }
 }
 
 /// How many aligned pages of that size a slot holds as a whole.

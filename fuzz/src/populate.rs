@@ -21,7 +21,11 @@ fn options(input: &mut Input, guest: &Guest) -> kvmprep_populate_opts {
         intent: input.code(&[0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 3]),
         flags: flags(input),
         // Terabytes would take as long as a gigabyte takes, thousands of times.
-        timeout_ms: if size > u128::from(4 * GIANT) { 2 } else { input.pick(&[0, 0, 0, 1, 1000]) },
+        timeout_ms: if size > u128::from(4 * GIANT) || guest.may_hold_up {
+            2
+        } else {
+            input.pick(&[0, 0, 0, 1, 1000])
+        },
         vcpu_fd: -1,
         host_threads: 0,
         vcpu_fds: std::ptr::null(),
