@@ -3,13 +3,17 @@
 //! A bar whose figures were not asked for is not judged, and never counts as met.
 
 use super::case::{Case, Machine, Memory, Phase, Way, name};
-use super::observed::Figures;
+use super::observed::{Figures, Slots};
 use super::run::Done;
 
 /// How far two runs of the same thing may lie apart, in hundredths and in faults: timers and interrupts fall as they
 /// like, and with huge pages there are few faults in all.
 const NOISE_PERCENT: u64 = 5;
 const NOISE_FAULTS: u64 = 16;
+
+/// How QEMU begins what it has to say of a slot: as an error, or as a warning.
+const ERROR: &str = "kvmprep: ";
+const WARNING: &str = "warning: kvmprep: ";
 
 /// Pages that a restored guest walks: 32 files of 2 MiB, at the least.
 const WALKED: u64 = 32 * 512;
@@ -42,18 +46,40 @@ fn figures_of(done: &[Done], case: Case) -> Option<&Figures> {
 
 fn judge_one(case: Case, figures: &Figures, plain: Option<&Figures>) -> Vec<Bar> {
     match (case.way, case.phase) {
-        (Way::Kvmprep, Phase::Boot) => {
-            let share = plain.zip(share_allowed(case)).map(|(plain, percent)| {
-                let what = format!("{} of {} faults left, at most {percent} %", figures.faults, plain.faults);
-                bar(case, &what, figures.faults * 100 <= plain.faults * percent)
-            });
-            share.into_iter().chain([no_late_fault(case, figures)]).collect()
+        (Way::Kvmprep, Phase::Boot) => prepared(case, figures, plain),
+        (Way::Strict, _) => {
+            let mut bars = prepared(case, figures, plain);
+            bars.push(every_slot_is_checked(case, figures, figures.slots.changes));
+            bars.push(no_slot_is_wrong(case, figures));
+            bars.push(pages_are_as_predicted(case, figures));
+            bars
+        }
+        (Way::MisfitWarned, _) => {
+            vec![
+                every_slot_is_checked(case, figures, figures.slots.changes),
+                misfit_is_warned_of(case, figures),
+            ]
+        }
+        // What was refused, KVM was not told of.
+        (Way::MisfitRefused, _) => {
+            vec![
+                every_slot_is_checked(case, figures, figures.slots.changes + 1),
+                misfit_is_refused(case, figures),
+            ]
         }
         (Way::Kvmprep, Phase::Restore) => vec![no_fault_on_restored(case, figures)],
         (Way::Off, _) => plain.map(|plain| same_as_plain(case, figures, plain)).into_iter().collect(),
         (Way::Plain, Phase::Restore) => vec![walk_is_seen(case, figures)],
         (Way::Plain | Way::Prealloc, _) => Vec::new(),
     }
+}
+
+fn prepared(case: Case, figures: &Figures, plain: Option<&Figures>) -> Vec<Bar> {
+    let share = plain.zip(share_allowed(case)).map(|(plain, percent)| {
+        let what = format!("{} of {} faults left, at most {percent} %", figures.faults, plain.faults);
+        bar(case, &what, figures.faults * 100 <= plain.faults * percent)
+    });
+    share.into_iter().chain([no_late_fault(case, figures), qemu_is_content(case, figures)]).collect()
 }
 
 /// What share of plain's faults may be left, in hundredths, where one was promised.
@@ -69,6 +95,54 @@ fn share_allowed(case: Case) -> Option<u64> {
 fn no_late_fault(case: Case, figures: &Figures) -> Bar {
     let late = figures.after_last_slot_change;
     bar(case, &format!("{late} faults on RAM after the last slot change{}", examples(figures)), late == 0)
+}
+
+fn qemu_is_content(case: Case, figures: &Figures) -> Bar {
+    bar(case, &format!("QEMU has nothing to say{}", words(figures)), figures.said.is_empty())
+}
+
+fn every_slot_is_checked(case: Case, figures: &Figures, expected: u64) -> Bar {
+    let checked = figures.slots.checked;
+    bar(
+        case,
+        &format!("{checked} changes of memslots were checked, of {expected}"),
+        checked > 0 && checked == expected,
+    )
+}
+
+fn no_slot_is_wrong(case: Case, figures: &Figures) -> Bar {
+    let Slots { refused, breaches, .. } = figures.slots;
+    bar(case, &format!("{refused} memslots refused, {breaches} misaligned"), refused + breaches == 0)
+}
+
+/// All memory is populated, by vCPUs outside SMM: KVM has exactly what was predicted.
+fn pages_are_as_predicted(case: Case, figures: &Figures) -> Bar {
+    let Slots { expected_4k, expected_2m, mapped_4k, mapped_2m, .. } = figures.slots;
+    let what = format!(
+        "{expected_2m} pages of 2 MiB and {expected_4k} of 4 KiB predicted, KVM has {mapped_2m} and {mapped_4k}"
+    );
+    let is_of_its_kind = (expected_2m > 0) == (case.memory == Memory::Huge);
+    bar(case, &what, is_of_its_kind && (expected_4k, expected_2m) == (mapped_4k, mapped_2m))
+}
+
+/// Once, and the guest runs all the same.
+fn misfit_is_warned_of(case: Case, figures: &Figures) -> Bar {
+    let warnings = figures.said.iter().filter(|line| line.contains(WARNING)).count();
+    let what = format!("{warnings} warning of a misfit{}", words(figures));
+    bar(case, &what, warnings == 1 && figures.slots.breaches > 0 && figures.slots.refused == 0)
+}
+
+fn misfit_is_refused(case: Case, figures: &Figures) -> Bar {
+    let ended =
+        figures.ended.map_or("has not ended".to_string(), |status| format!("ended with status {status}"));
+    let is_told = figures.said.iter().any(|line| line.contains(ERROR) && !line.contains(WARNING));
+    let what = format!("QEMU {ended} on a misfit{}", words(figures));
+    let is_last = figures.slots.breaches == 1;
+    bar(case, &what, figures.ended.is_some_and(|status| status != 0) && is_told && is_last)
+}
+
+fn words(figures: &Figures) -> String {
+    if figures.said.is_empty() { String::new() } else { format!(": {}", figures.said.join(" | ")) }
 }
 
 fn no_fault_on_restored(case: Case, figures: &Figures) -> Bar {
@@ -129,15 +203,79 @@ mod tests {
     #[test]
     fn a_boot_is_held_against_plain_and_a_late_fault_is_one_too_many() {
         let boot = |way, figures| done(Machine::Pc, Memory::Small, way, Phase::Boot, figures);
-        assert_eq!(verdicts(&[boot(Way::Plain, faults(1000)), boot(Way::Kvmprep, faults(30))]), [true, true]);
-        assert_eq!(
-            verdicts(&[boot(Way::Plain, faults(1000)), boot(Way::Kvmprep, faults(31))]),
-            [false, true]
-        );
+        let against_plain =
+            |figures| verdicts(&[boot(Way::Plain, faults(1000)), boot(Way::Kvmprep, figures)]);
+        assert_eq!(against_plain(faults(30)), [true, true, true]);
+        assert_eq!(against_plain(faults(31)), [false, true, true]);
         let late = Figures { after_last_slot_change: 1, ..faults(30) };
-        assert_eq!(verdicts(&[boot(Way::Plain, faults(1000)), boot(Way::Kvmprep, late)]), [true, false]);
+        assert_eq!(against_plain(late), [true, false, true]);
+        let complains = Figures { said: vec!["warning: it cannot".into()], ..faults(30) };
+        assert_eq!(against_plain(complains), [true, true, false]);
         // Without plain there is nothing to hold it against.
-        assert_eq!(verdicts(&[boot(Way::Kvmprep, faults(31))]), [true]);
+        assert_eq!(verdicts(&[boot(Way::Kvmprep, faults(31))]), [true, true]);
+    }
+
+    /// A strict boot in which all is as it should be.
+    const STRICT: Slots = Slots {
+        changes: 20,
+        checked: 20,
+        refused: 0,
+        breaches: 0,
+        expected_4k: 480,
+        expected_2m: 127,
+        mapped_4k: 480,
+        mapped_2m: 127,
+    };
+
+    fn verdicts_of_strict(memory: Memory, slots: Slots) -> Vec<bool> {
+        let figures = Figures { slots, ..Figures::default() };
+        verdicts(&[done(Machine::Q35, memory, Way::Strict, Phase::Boot, figures)]).split_off(2)
+    }
+
+    #[test]
+    fn a_strict_boot_checks_every_slot_and_predicts_its_pages() {
+        let huge = |slots| verdicts_of_strict(Memory::Huge, slots);
+        assert_eq!(huge(STRICT), [true, true, true]);
+        assert_eq!(huge(Slots { checked: 19, ..STRICT }), [false, true, true]);
+        assert_eq!(huge(Slots { changes: 0, checked: 0, ..STRICT }), [false, true, true]);
+        assert_eq!(huge(Slots { refused: 1, ..STRICT }), [true, false, true]);
+        assert_eq!(huge(Slots { breaches: 1, ..STRICT }), [true, false, true]);
+        assert_eq!(huge(Slots { mapped_2m: 126, ..STRICT }), [true, true, false]);
+        assert_eq!(huge(Slots { mapped_4k: 481, ..STRICT }), [true, true, false]);
+        assert_eq!(verdicts_of_strict(Memory::Small, STRICT), [true, true, false]);
+        let small = Slots { expected_2m: 0, mapped_2m: 0, ..STRICT };
+        assert_eq!(huge(small), [true, true, false]);
+    }
+
+    #[test]
+    fn a_misfit_is_warned_of_once_and_the_guest_runs() {
+        let slots = Slots { breaches: 2, ..STRICT };
+        let boot = |said: &[&str], slots| {
+            let said = said.iter().map(|line| (*line).to_string()).collect();
+            let figures = Figures { said, slots, ..Figures::default() };
+            verdicts(&[done(Machine::Pc, Memory::Huge, Way::MisfitWarned, Phase::Boot, figures)])
+        };
+        let warning = "qemu-system-x86_64: warning: kvmprep: gpa and hva differ";
+        assert_eq!(boot(&["warning: of something else", warning, "map it higher"], slots), [true, true]);
+        assert_eq!(boot(&[], slots), [true, false]);
+        assert_eq!(boot(&[warning, warning], slots), [true, false]);
+        assert_eq!(boot(&[warning], STRICT), [true, false]);
+    }
+
+    #[test]
+    fn a_misfit_is_refused_before_kvm_is_told() {
+        let slots = Slots { changes: 7, checked: 8, breaches: 1, ..STRICT };
+        let boot = |said: &str, ended, slots| {
+            let figures = Figures { said: vec![said.into()], ended, slots, ..Figures::default() };
+            verdicts(&[done(Machine::Pc, Memory::Huge, Way::MisfitRefused, Phase::Boot, figures)])
+        };
+        let error = "qemu-system-x86_64: kvmprep: gpa and hva differ";
+        assert_eq!(boot(error, Some(134), slots), [true, true]);
+        assert_eq!(boot(error, Some(134), Slots { changes: 8, ..slots }), [false, true]);
+        assert_eq!(boot(error, Some(0), slots), [true, false]);
+        assert_eq!(boot(error, None, slots), [true, false]);
+        assert_eq!(boot("warning: kvmprep: gpa and hva differ", Some(134), slots), [true, false]);
+        assert_eq!(boot(error, Some(134), Slots { breaches: 0, ..slots }), [true, false]);
     }
 
     #[test]

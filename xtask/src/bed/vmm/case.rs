@@ -15,6 +15,14 @@ pub const MEMORY_MIB: u64 = 256;
 const PREPARED: &str = "kvm,prep=on";
 const PREPARED_AND_KEPT: &str = "kvm,prep=on,prep-keep-mappings=on";
 
+/// The option that has memslots checked, and what makes QEMU tell of each.
+const WARN: &str = "prep-check=warn";
+const STRICT: &str = "prep-check=strict";
+const TRACED: &str = " -trace kvm_prep_slot -trace kvm_prep_slot_pages -D /tmp/trace";
+
+/// What makes QEMU put the guest's memory above 4 GiB at an odd MiB of its block, and so where no page of 2 MiB fits.
+const MISFIT: &str = ",max-ram-below-4g=129M";
+
 /// The one program or the other, by its path in the outer guest.
 pub const PLAIN: &str = "/plain";
 pub const PATCHED: &str = "/patched";
@@ -43,7 +51,7 @@ pub enum Memory {
 
 /// What is done about the guest's memory before it runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Way {
     /// Nothing, in a QEMU without the patches.
     Plain,
@@ -53,6 +61,12 @@ pub enum Way {
     Off,
     /// The library's work.
     Kvmprep,
+    /// The same, and QEMU is to end if it finds a memslot that is not as it should be.
+    Strict,
+    /// Memory laid out so that huge pages do not fit; memslots are checked, and QEMU is to warn.
+    MisfitWarned,
+    /// The same, and QEMU is to end.
+    MisfitRefused,
 }
 
 /// How the guest comes to run.
@@ -82,11 +96,24 @@ impl Case {
             for &machine in Machine::value_variants() {
                 for &memory in Memory::value_variants() {
                     let of = |way: &Way| Case { machine, memory, way: *way, phase };
-                    cases.extend(Way::value_variants().iter().map(of));
+                    cases.extend(Way::value_variants().iter().map(of).filter(Case::exists));
                 }
             }
         }
         cases
+    }
+
+    /// Memslots are checked alike when a guest is restored; and only with a split at 4 GiB, and where there are huge
+    /// pages at all, can memory be laid out so that they do not fit.
+    fn exists(&self) -> bool {
+        match self.way {
+            Way::Strict => self.phase == Phase::Boot,
+            Way::MisfitWarned | Way::MisfitRefused => {
+                let has_split = matches!(self.machine, Machine::Pc | Machine::Q35);
+                has_split && (self.phase, self.memory) == (Phase::Boot, Memory::Huge)
+            }
+            _ => true,
+        }
     }
 
     /// The same guest in another way.
@@ -101,30 +128,40 @@ impl Case {
             Memory::Small => "never",
             Memory::Huge => "always",
         };
-        let (backend, more) = match self.way {
+        let (property, more) = match self.way {
+            Way::Plain | Way::Off | Way::Kvmprep => ("", String::new()),
             Way::Prealloc => (
                 ",memory-backend=ram",
                 format!(" -object memory-backend-ram,id=ram,size={MEMORY_MIB}M,prealloc=on"),
             ),
-            _ => ("", String::new()),
+            Way::Strict => ("", TRACED.to_string()),
+            Way::MisfitWarned | Way::MisfitRefused => (MISFIT, TRACED.to_string()),
         };
-        let (phase, accelerator) = (name(&self.phase), self.accelerator());
-        format!("{self} {phase} {huge_pages} {machine}{backend} {program} -accel {accelerator}{more}\n")
+        let phase = if self.way == Way::MisfitRefused { "refuse".to_string() } else { name(&self.phase) };
+        let accelerator = self.accelerator();
+        format!("{self} {phase} {huge_pages} {machine}{property} {program} -accel {accelerator}{more}\n")
     }
 
     fn program(&self) -> &'static str {
         match self.way {
             Way::Plain | Way::Prealloc => PLAIN,
-            Way::Off | Way::Kvmprep => PATCHED,
+            Way::Off | Way::Kvmprep | Way::Strict | Way::MisfitWarned | Way::MisfitRefused => PATCHED,
         }
     }
 
-    fn accelerator(&self) -> &'static str {
-        match (self.way, self.machine) {
-            (Way::Plain | Way::Prealloc, _) => "kvm",
-            (Way::Off, _) => "kvm,prep=off",
-            (Way::Kvmprep, Machine::Microvm) => PREPARED,
-            (Way::Kvmprep, _) => PREPARED_AND_KEPT,
+    fn accelerator(&self) -> String {
+        let prepared = match self.machine {
+            Machine::Microvm => PREPARED,
+            Machine::Pc | Machine::Q35 => PREPARED_AND_KEPT,
+        };
+        match self.way {
+            Way::Plain | Way::Prealloc => "kvm".to_string(),
+            Way::Off => "kvm,prep=off".to_string(),
+            Way::Kvmprep => prepared.to_string(),
+            Way::Strict => format!("{prepared},{STRICT}"),
+            // Checking is of use alone.
+            Way::MisfitWarned => format!("kvm,{WARN}"),
+            Way::MisfitRefused => format!("kvm,{STRICT}"),
         }
     }
 }
@@ -151,15 +188,16 @@ mod tests {
         let count = names.len();
         names.sort();
         names.dedup();
-        assert_eq!((names.len(), count), (48, 48));
+        assert_eq!((names.len(), count), (58, 58));
     }
 
     #[test]
     fn only_the_patched_program_is_told_of_the_library() {
         for case in Case::all() {
             let line = case.line();
-            assert_eq!(line.contains("prep="), line.contains(PATCHED), "{line}");
-            assert_eq!(line.contains("prep=on"), case.way == Way::Kvmprep, "{line}");
+            assert_eq!(line.contains("prep"), line.contains(PATCHED), "{line}");
+            let is_prepared = matches!(case.way, Way::Kvmprep | Way::Strict);
+            assert_eq!(line.contains("prep=on"), is_prepared, "{line}");
         }
     }
 }

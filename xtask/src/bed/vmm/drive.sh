@@ -2,7 +2,7 @@
 # Runs in the outer guest: takes QEMU through one case after the other and prints what KVM counted. A line of /cases is
 #     NAME PHASE HUGE_PAGES MACHINE PROGRAM OPTION...
 # and each is answered by a line `case NAME`, lines of what was seen, and `done NAME` or `failed NAME WHY`. It judges
-# nothing: that is for the host. See run.rs and trace.rs for the lines.
+# nothing: that is for the host. See run.rs and observed.rs for the lines.
 
 TRACING=/sys/kernel/tracing
 MEMORY_MIB=256
@@ -28,7 +28,7 @@ print_stacks() {
 
 fail() {
     print_stacks
-    echo "failed $*; QEMU and the guest said: $(tail -n 20 /tmp/serial | tr '\r\n' '  ')"
+    echo "failed $*; QEMU and the guest said: $(tail -qn 20 /tmp/errors /tmp/serial | tr '\r\n' '  ')"
     kill -9 $qemu 2>/dev/null
     forget_qemu
     return 1
@@ -36,7 +36,7 @@ fail() {
 
 # The console's input, the monitor's input and its output are FIFOs, held open so that nobody waits for the other side.
 start_qemu() {
-    rm -f /tmp/console /tmp/serial /tmp/said /tmp/monitor.in /tmp/monitor.out
+    rm -f /tmp/console /tmp/serial /tmp/errors /tmp/said /tmp/trace /tmp/monitor.in /tmp/monitor.out
     mkfifo /tmp/console /tmp/monitor.in /tmp/monitor.out
     exec 4<>/tmp/console 5<>/tmp/monitor.in 6<>/tmp/monitor.out
     cat <&6 >/tmp/said &
@@ -45,7 +45,7 @@ start_qemu() {
     $program -machine $machine "$@" -cpu host -smp 2 -m ${MEMORY_MIB}M -nodefaults -no-user-config -display none -no-reboot \
         -L /firmware -kernel /vmlinuz -initrd /inner.cpio -append "console=ttyS0 panic=-1 quiet" -serial stdio \
         -chardev pipe,id=monitor,path=/tmp/monitor -mon chardev=monitor,mode=readline \
-        <&4 >/tmp/serial 2>&1 4>&- 5>&- 6>&- &
+        <&4 >/tmp/serial 2>/tmp/errors 4>&- 5>&- 6>&- &
     qemu=$!
 }
 
@@ -87,7 +87,7 @@ ask() {
 
 # What KVM counted for the one VM there is.
 print_counters() {
-    for counter in pf_taken exits mmio_exits; do
+    for counter in pf_taken exits mmio_exits pages_4k pages_2m; do
         echo "counter $counter $(cat /sys/kernel/debug/kvm/*-*/$counter)"
     done
 }
@@ -114,6 +114,12 @@ print_events() {
         /sys_ioctl/ { print "slot" }
         /entries-in-buffer/ { split($3, entries, "/"); print "lost", entries[2] - entries[1] }
     ' $TRACING/trace
+}
+
+# What QEMU said, and what its trace says of the checks of its memslots.
+print_words() {
+    sed 's/^/said /' /tmp/errors
+    [ ! -e /tmp/trace ] || sed 's/^/trace /' /tmp/trace
 }
 
 # Which pages of its memory QEMU has, before the guest runs: runs of `none`, `zero` (the page of zeros that everybody
@@ -145,6 +151,18 @@ boot() {
     until_true printed booted || fail "did not boot"
 }
 
+# QEMU is to end before it has a guest.
+refuse() {
+    start_qemu "$@"
+    until_true false
+    kill -0 $qemu 2>/dev/null && { fail "did not end"; return 1; }
+    forget_qemu
+    echo "ended $?"
+    print_words
+    print_events
+    echo "done $name"
+}
+
 # The guest is saved to a file with its memory in use, and goes on in another QEMU.
 restore() {
     boot "$@" || return
@@ -167,10 +185,12 @@ run_case() {
     # Huge pages are there for each case alike.
     echo 3 >/proc/sys/vm/drop_caches
     echo 1 >/proc/sys/vm/compact_memory
+    [ $phase = refuse ] && { refuse "$@"; return; }
     $phase "$@" || return
     echo stop >/tmp/monitor.in
     until_true is_paused || { fail "did not stop"; return 1; }
     print_counters
+    print_words
     print_events
     quit_qemu || { fail "did not end"; return 1; }
     rm -f /tmp/state
@@ -179,5 +199,5 @@ run_case() {
 
 setup
 while read -r name phase huge_pages machine program options; do
-    run_case $options </dev/null
+    run_case $options </dev/null || :
 done </cases

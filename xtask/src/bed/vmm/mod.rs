@@ -7,6 +7,7 @@
 mod bars;
 mod build;
 mod case;
+mod checks;
 mod observed;
 mod run;
 mod series;
@@ -111,16 +112,26 @@ fn write_figures(done: &[Done], kernels: &Kernels, built: &Built) -> Result<Path
 
 fn print_table(done: &[Done]) {
     println!(
-        "{:8} {:8} {:5} {:9} {:>7} {:>6} {:>11} {:>11} {:>8}",
-        "phase", "machine", "pages", "way", "faults", "MMIO", "after slots", "on restored", "exits"
+        "{:8} {:8} {:5} {:14} {:>7} {:>6} {:>11} {:>11} {:>8} {:>7}",
+        "phase",
+        "machine",
+        "pages",
+        "way",
+        "faults",
+        "MMIO",
+        "after slots",
+        "on restored",
+        "exits",
+        "checked"
     );
     for Done { case, result } in done {
         let Case { machine, memory, way, phase } = case;
-        print!("{:8} {:8} {:5} {:9} ", name(phase), name(machine), name(memory), name(way));
+        print!("{:8} {:8} {:5} {:14} ", name(phase), name(machine), name(memory), name(way));
         match result {
-            Ok(Figures { faults, exits, mmio, after_last_slot_change, on_restored, .. }) => {
+            Ok(Figures { faults, exits, mmio, after_last_slot_change, on_restored, slots, .. }) => {
                 let on_restored = on_restored.map_or("-".to_string(), |count| count.to_string());
-                println!("{faults:>7} {mmio:>6} {after_last_slot_change:>11} {on_restored:>11} {exits:>8}");
+                print!("{faults:>7} {mmio:>6} {after_last_slot_change:>11} {on_restored:>11} {exits:>8} ");
+                println!("{:>7}", slots.checked);
             }
             Err(_) => println!("failed"),
         }
@@ -130,12 +141,18 @@ fn print_table(done: &[Done]) {
 /// The lane's share of the cases: each promise once.
 fn cases_of_lane() -> Vec<Case> {
     let case = |machine, phase, way| Case { machine, memory: Memory::Small, way, phase };
+    let huge = |machine, way| Case { machine, memory: Memory::Huge, way, phase: Phase::Boot };
     vec![
         case(Machine::Microvm, Phase::Boot, Way::Plain),
         case(Machine::Microvm, Phase::Boot, Way::Off),
         case(Machine::Microvm, Phase::Boot, Way::Kvmprep),
         case(Machine::Pc, Phase::Boot, Way::Plain),
         case(Machine::Pc, Phase::Boot, Way::Kvmprep),
+        huge(Machine::Microvm, Way::Strict),
+        huge(Machine::Pc, Way::Strict),
+        huge(Machine::Pc, Way::MisfitWarned),
+        huge(Machine::Pc, Way::MisfitRefused),
+        huge(Machine::Q35, Way::Strict),
         case(Machine::Microvm, Phase::Restore, Way::Plain),
         case(Machine::Microvm, Phase::Restore, Way::Kvmprep),
     ]

@@ -1,5 +1,5 @@
-//! What was seen of one guest: KVM's counters, its faults one by one, the changes of memslots between them, and on a
-//! migration target what memory QEMU had before the guest ran.
+//! What was seen of one guest: KVM's counters, its faults one by one, the changes of memslots between them, QEMU's own
+//! words and checks, and on a migration target what memory QEMU had before the guest ran.
 //!
 //! Reads the lines that drive.sh prints, and tells faults on RAM from the first touches of MMIO. It must never let a
 //! trace that lost events, or that disagrees with KVM's own counter, pass for evidence.
@@ -7,10 +7,15 @@
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
+use super::checks::Checks;
+
 const PAGE: u64 = 4096;
 
 /// Below and above these, what the guest sees at an address need not be the RAM of that offset: ROMs and shadowed ROMs.
 const LEGACY: std::ops::Range<u64> = 0xa0000..0x10_0000;
+
+/// What QEMU says of every guest here, since run.rs gives the outer one a single CPU.
+const OWN_DOING: &str = "exceeds the recommended cpus supported by KVM (1)";
 
 /// The state of one page of QEMU's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,6 +35,11 @@ pub struct Observed {
     faults: Vec<Fault>,
     slot_changes: u64,
     lost: u64,
+    /// Lines of QEMU's standard error.
+    said: Vec<String>,
+    checks: Checks,
+    /// The status with which QEMU ended of itself.
+    ended: Option<i32>,
     /// Runs of pages from guest address 0; empty where the guest was not restored.
     pages: Vec<(Page, u64)>,
 }
@@ -56,6 +66,28 @@ pub struct Figures {
     pub on_restored: Option<u64>,
     /// Where the first of those that should not be were: guest addresses.
     pub examples: Vec<u64>,
+    /// What QEMU said: warnings and errors.
+    pub said: Vec<String>,
+    /// The status with which QEMU ended, where it was not told to.
+    pub ended: Option<i32>,
+    pub slots: Slots,
+}
+
+/// The changes of memslots, and what QEMU's checks said of them where it made any.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Slots {
+    /// Times that KVM was told of a change.
+    pub changes: u64,
+    pub checked: u64,
+    /// Of these: what the library would not have given to KVM, and what breaks the rule of alignment.
+    pub refused: u64,
+    pub breaches: u64,
+    /// Mappings of 4 KiB and of 2 MiB that were predicted of the slots there are in the end.
+    pub expected_4k: u64,
+    pub expected_2m: u64,
+    /// Those that KVM has; 0 where the guest is gone.
+    pub mapped_4k: u64,
+    pub mapped_2m: u64,
 }
 
 impl Observed {
@@ -65,6 +97,19 @@ impl Observed {
     }
 
     fn parse(&mut self, line: &str) -> Option<()> {
+        match line.split_once(' ') {
+            Some(("said", text)) => {
+                if !text.contains(OWN_DOING) {
+                    self.said.push(text.into());
+                }
+                return Some(());
+            }
+            Some(("trace", text)) => {
+                self.checks.take(text);
+                return Some(());
+            }
+            _ => {}
+        }
         let words: Vec<&str> = line.split_whitespace().collect();
         match words[..] {
             ["counter", name, value] => self.counters.push((name.into(), value.parse().ok()?)),
@@ -79,6 +124,7 @@ impl Observed {
                 fault?.mmio = true;
             }
             ["slot"] => self.slot_changes += 1,
+            ["ended", status] => self.ended = Some(status.parse().ok()?),
             ["lost", count] => self.lost = count.parse().ok()?,
             ["pages", kind, count] => {
                 let kind = match kind {
@@ -97,8 +143,20 @@ impl Observed {
     /// What it comes to.
     pub fn figures(&self) -> Result<Figures> {
         ensure!(self.lost == 0, "the trace lost {} events", self.lost);
-        let faults = self.counter("pf_taken")?;
+        self.checks.ensure_readable()?;
         let traced = self.faults.len() as u64;
+        if let Some(status) = self.ended {
+            // The counters are gone with the VM.
+            let (ended, said) = (Some(status), self.said.clone());
+            return Ok(Figures {
+                faults: traced,
+                ended,
+                said,
+                slots: self.slots(0, 0),
+                ..Figures::default()
+            });
+        }
+        let faults = self.counter("pf_taken")?;
         ensure!(traced == faults, "KVM counted {faults} faults, but {traced} were traced");
         let real: Vec<&Fault> = self.faults.iter().filter(|fault| !fault.mmio).collect();
         let late: Vec<&&Fault> =
@@ -113,7 +171,24 @@ impl Observed {
             after_last_slot_change: late.len() as u64,
             on_restored: is_restored.then_some(restored.len() as u64),
             examples: examples.iter().take(8).map(|fault| fault.address).collect(),
+            said: self.said.clone(),
+            ended: None,
+            slots: self.slots(self.counter("pages_4k")?, self.counter("pages_2m")?),
         })
+    }
+
+    fn slots(&self, mapped_4k: u64, mapped_2m: u64) -> Slots {
+        let expected = self.checks.expected();
+        Slots {
+            changes: self.slot_changes,
+            checked: self.checks.count(),
+            refused: self.checks.refused(),
+            breaches: self.checks.breaches(),
+            expected_4k: expected.small,
+            expected_2m: expected.large,
+            mapped_4k,
+            mapped_2m,
+        }
     }
 
     fn counter(&self, name: &str) -> Result<u64> {
@@ -151,8 +226,8 @@ mod tests {
     #[test]
     fn first_touches_of_mmio_and_what_came_before_a_slot_change_are_told_apart() {
         let figures = observed(
-            "counter pf_taken 4\ncounter exits 9\nlost 0\nslot\nfault 1000\nslot\nfault fee000f0\nmmio fee00\n\
-             fault 2000\nfault fec00000\nmmio fec00",
+            "counter pf_taken 4\ncounter exits 9\ncounter pages_4k 7\ncounter pages_2m 1\nlost 0\nslot\nfault 1000\n\
+             slot\nfault fee000f0\nmmio fee00\nfault 2000\nfault fec00000\nmmio fec00",
         );
         let figures = figures.figures().unwrap();
         assert_eq!((figures.faults, figures.exits, figures.mmio), (4, 9, 2));
@@ -163,8 +238,8 @@ mod tests {
     #[test]
     fn a_fault_counts_against_a_restore_only_where_there_was_content() {
         let figures = observed(
-            "counter pf_taken 6\ncounter exits 9\nlost 0\npages memory 512\npages zero 1\npages none 511\n\
-             fault 1000\nfault 200000\nfault 201000\nfault c0000\nfault fffff000\nfault 1ff000",
+            "counter pf_taken 6\ncounter exits 9\ncounter pages_4k 7\ncounter pages_2m 1\nlost 0\npages memory 512\n\
+             pages zero 1\npages none 511\nfault 1000\nfault 200000\nfault 201000\nfault c0000\nfault fffff000\nfault 1ff000",
         );
         let figures = figures.figures().unwrap();
         assert_eq!(figures.on_restored, Some(4));
@@ -177,6 +252,23 @@ mod tests {
         assert!(lost.figures().unwrap_err().to_string().contains("lost 3"));
         let disagrees = observed("counter pf_taken 2\ncounter exits 1\nfault 0\nlost 0");
         assert!(disagrees.figures().unwrap_err().to_string().contains("2 faults, but 1"));
+    }
+
+    #[test]
+    fn a_qemu_that_ended_has_no_counters_and_its_words_are_kept() {
+        let figures = observed(
+            "said qemu: cpus requested (2) exceeds the recommended cpus supported by KVM (1)\n\
+             said qemu: it is misaligned\nsaid map it higher\nended 134\nslot\nlost 0",
+        );
+        let figures = figures.figures().unwrap();
+        assert_eq!((figures.ended, figures.slots.changes), (Some(134), 1));
+        assert_eq!(figures.said, ["qemu: it is misaligned", "map it higher"]);
+    }
+
+    #[test]
+    fn a_trace_of_checks_that_is_not_understood_is_no_evidence() {
+        let odd = observed("counter pf_taken 0\ncounter exits 1\nlost 0\ntrace kvm_prep_slot Slot#zero");
+        assert!(odd.figures().unwrap_err().to_string().contains("Slot#zero"));
     }
 
     #[test]
