@@ -286,7 +286,8 @@ static void prediction_of_pages_of_1_gib(void) {
         c.range_start = places[i].range_start;
         c.range_size = places[i].range_size;
         if (!combination_is_had(&vm, &c))
-            check_skipped("no page of 1 GiB could be had; cargo xtask bed diff prediction has one");
+            check_skipped("no page of 1 GiB could be had; a guest of cargo xtask bed diff prediction has "
+                          "one, where its kernel can");
         struct scene scene = scene_make(&c);
         struct kvmprep_memslot_report report = scene_predict(&scene);
         scene_end(&scene);
