@@ -21,6 +21,7 @@ enum file {
     FILE_MEMFD,
     FILE_DEVICE,
     FILE_VM,
+    FILE_NAMED, /* a guest_memfd that is not open: O_PATH */
     FILE_CLOSED,
     FILE_NEGATIVE,
     FILES,

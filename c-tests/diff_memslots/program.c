@@ -53,7 +53,7 @@ static const char internal_slots[] =
     "    ioctl(vm, 0xae41, 0ul); /* KVM_CREATE_VCPU */\n";
 
 static const char *const names[FILES] = {"short_file", "long_file", "mappable_file", "others_file", "memfd",
-                                         "device",     "vm",        "1000",          "-1"};
+                                         "device",     "vm",        "named",         "1000",        "-1"};
 
 static bool is_read(const struct operation *step) {
     return step->deed != SET_SLOT || (step->flags & KVM_MEM_GUEST_MEMFD) != 0;
@@ -76,6 +76,9 @@ static void print_making_of_others(enum file file) {
         break;
     case FILE_DEVICE:
         printf("    int device = open(\"/dev/null\", O_RDWR);\n");
+        break;
+    case FILE_NAMED:
+        printf("    int named = open(\"/dev/null\", O_PATH);\n");
         break;
     default:
         break;

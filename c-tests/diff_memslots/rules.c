@@ -147,6 +147,7 @@ static bool is_bound(const struct world *w, const struct operation *step) {
 
 static uint32_t binding_broken(const struct world *w, const struct operation *step) {
     switch (step->file) {
+    case FILE_NAMED:
     case FILE_CLOSED:
     case FILE_NEGATIVE:
         return BIT(NO_DESCRIPTOR);

@@ -36,7 +36,7 @@ static struct {
     int kvm;
     unsigned types;
     struct type type[2];
-    int other_vm, gmem_of_other_vm, memfd, device;
+    int other_vm, gmem_of_other_vm, memfd, device, named;
 } shared;
 
 uint64_t length_of(enum file file) {
@@ -62,6 +62,15 @@ static int make_guest_memfd(int vm, uint64_t length, uint64_t flags) {
     CHECK(fd >= 0);
     CHECK_EQ(ftruncate(fd, (off_t)length), 0);
     return fd;
+}
+
+/* A descriptor that names a file without opening it. */
+static int named_only(int fd) {
+    char path[64];
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+    int named = open(path, O_PATH | O_CLOEXEC);
+    CHECK(named >= 0);
+    return named;
 }
 
 /* Has KVM make whatever slots of its own it makes for such a VM; returns its vCPU. */
@@ -116,6 +125,7 @@ void world_prepare(void) {
     shared.memfd = memfd_create("kvmprep-test", MFD_CLOEXEC);
     shared.device = open("/dev/null", O_RDWR | O_CLOEXEC);
     CHECK(shared.memfd >= 0 && shared.device >= 0);
+    shared.named = named_only(shared.gmem_of_other_vm);
     CHECK_EQ(ftruncate(shared.memfd, (off_t)length_of(FILE_LONG)), 0);
     shared.is_prepared = true;
 }
@@ -189,6 +199,7 @@ void world_make(struct world *w, unsigned long vm_type) {
     set_file(w, FILE_MEMFD, shared.memfd);
     set_file(w, FILE_DEVICE, shared.device);
     set_file(w, FILE_VM, w->vm);
+    set_file(w, FILE_NAMED, shared.named);
     set_file(w, FILE_CLOSED, CLOSED_DESCRIPTOR);
     set_file(w, FILE_NEGATIVE, -1);
     make_handle(w);
