@@ -5,7 +5,7 @@ use crate::guest::Guest;
 use crate::heap::{Block, Passed, bytes_of, bytes_of_all, sized};
 use crate::input::{GIANT, HUGE, Input, PAGE};
 use crate::oracle::{demand, judge_bound, judge_output, judge_overlap, overlap, text};
-use crate::slots::{GUEST_MEMFD, LOG_DIRTY_PAGES};
+use crate::slots::{GUEST_MEMFD, LOG_DIRTY_PAGES, READONLY};
 use crate::world::World;
 use crate::{oracle, slots};
 use kvmprep::abi::*;
@@ -168,15 +168,15 @@ fn check(input: &mut Input, world: &World) {
     let place = Place::new(input);
     let answer = question.ask(input, &place);
     judge_bound(Question::NAME, &answer, &question.existing, &slot);
-    judge_check(
-        Question::NAME,
-        &answer,
-        &place,
-        &question.existing,
-        &slot,
-        question.rule,
-        world.is_ours(slot.hva, slot.size),
-    );
+    let asked = Asked {
+        name: Question::NAME,
+        caps: &question.caps,
+        existing: &question.existing,
+        slot: &slot,
+        rule: question.rule,
+        is_mapped: world.is_ours(slot.hva, slot.size),
+    };
+    judge_check(&asked, &answer, &place);
     if input.rarely(2) {
         let again = Place { block: Block::output_over(&place.block, 0x5a), size: place.size };
         judge_same(Question::NAME, world, &slot, (&answer, &place), (&question.ask(input, &again), &again));
@@ -210,16 +210,20 @@ fn judge_same(
     );
 }
 
-/// What must hold of an answer about `slot` beside `existing`.
-fn judge_check(
-    name: &str,
-    answer: &Answer,
-    place: &Place,
-    existing: &[kvmprep_memslot],
-    slot: &kvmprep_memslot,
+/// What was asked about, by whichever function.
+struct Asked<'a> {
+    name: &'a str,
+    caps: &'a kvmprep_caps,
+    existing: &'a [kvmprep_memslot],
+    slot: &'a kvmprep_memslot,
     rule: u32,
+    /// Whether all of the slot's memory is known to be mapped.
     is_mapped: bool,
-) {
+}
+
+/// What must hold of an answer about a slot beside others.
+fn judge_check(asked: &Asked<'_>, answer: &Answer, place: &Place) {
+    let Asked { name, caps, existing, slot, rule, is_mapped } = *asked;
     judge_overlap(name, answer, existing, Some(slot));
     if !answer.is_success() {
         return;
@@ -229,6 +233,13 @@ fn judge_check(
     let lies_as_before = slot.size == 0 || old.is_some_and(|old| old.gpa == slot.gpa);
     let overlaps = existing.iter().any(|other| overlap(other, slot));
     demand(lies_as_before || !overlaps, name, "no slot passes that overlaps another");
+    judge_rules(name, caps, slot, lies_as_before);
+    if let Some(old) = old.filter(|_| slot.size != 0) {
+        let same_memory = (old.hva, old.size) == (slot.hva, slot.size);
+        let same_kind =
+            (old.flags ^ slot.flags) & READONLY == 0 && (old.flags | slot.flags) & GUEST_MEMFD == 0;
+        demand(same_memory && same_kind, name, "no slot changes in what cannot change");
+    }
     let Some(report) = place.report(answer) else { return };
     let change = match old {
         _ if slot.size == 0 => KVMPREP_CHANGE_DELETE,
@@ -241,6 +252,34 @@ fn judge_check(
     judge_report(name, &report, slot, slot.size, is_mapped);
     judge_alignment(name, &report, slot, rule);
     judge_allowed(name, &report, slot);
+}
+
+/// What KVM looks at of a slot by itself, of one that has passed.
+fn judge_rules(name: &str, caps: &kvmprep_caps, slot: &kvmprep_memslot, lies_as_before: bool) {
+    let has_gmem = slot.flags & GUEST_MEMFD != 0;
+    let is_numbered = slot.slot & 0xffff < caps.memslots && slot.slot >> 16 < caps.address_spaces;
+    demand(is_numbered, name, "a number and an address space that there are");
+    demand(slot.flags & !(LOG_DIRTY_PAGES | READONLY | GUEST_MEMFD) == 0, name, "known flags");
+    demand(
+        slot.flags & READONLY == 0 || caps.read_only_memslots != 0,
+        name,
+        "read-only slots where there are any",
+    );
+    let takes_gmem = caps.guest_memfd != 0 && caps.user_memory2 != 0 && slot.flags == GUEST_MEMFD;
+    demand(!has_gmem || takes_gmem, name, "a guest_memfd where there are any, and no other flag");
+    demand((slot.gpa | slot.size | slot.hva) % PAGE == 0, name, "whole pages");
+    demand(!has_gmem || slot.guest_memfd_offset % PAGE == 0, name, "whole pages of the file");
+    let end = |start: u64| u128::from(start) + u128::from(slot.size);
+    demand(end(slot.hva) <= u128::from(caps.hva_end), name, "user memory");
+    demand(end(slot.gpa) < 1 << 64 && slot.size / PAGE < 1 << 31, name, "as many pages as KVM counts");
+    if lies_as_before {
+        return;
+    }
+    let bits = if caps.nested_paging != 0 { caps.gpa_bits } else { 52 };
+    let last_page = slot.gpa + (slot.size - PAGE);
+    demand(last_page.checked_shr(bits).unwrap_or(0) == 0, name, "no memory beyond the host's width");
+    let shared = 1u64.checked_shl(caps.gpa_shared_bit).filter(|bit| *bit > 1).unwrap_or(0);
+    demand(last_page & shared == 0, name, "no shared bit");
 }
 
 /// What must hold of any report on `size` bytes of `slot`.
@@ -456,7 +495,8 @@ pub fn with_guest(input: &mut Input, world: &World, guest: &Guest) {
         judge_bound(NAME, &answer, &existing, &slot);
     }
     let is_mapped = guest.is_real && world.is_ours(slot.hva, slot.size);
-    judge_check(NAME, &answer, &place, &existing, &slot, rule, is_mapped);
+    let asked = Asked { name: NAME, caps: &guest.caps, existing: &existing, slot: &slot, rule, is_mapped };
+    judge_check(&asked, &answer, &place);
     if !can_be_compared(guest, &slot, rule) {
         return;
     }
