@@ -17,6 +17,7 @@ mod memslots;
 mod oracle;
 mod populate;
 mod program;
+mod rules;
 mod seen;
 mod slots;
 mod world;
