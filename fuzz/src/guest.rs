@@ -3,7 +3,7 @@
 use crate::call::{Answer, call, call_with};
 use crate::fake::Fake;
 use crate::heap::{Block, Passed, bytes_of, bytes_of_all};
-use crate::input::{GIANT, HUGE, Input, PAGE};
+use crate::input::{GIANT, HUGE, Input};
 use crate::oracle::{demand, judge_output, judge_overlap, memory_in, overlap};
 use crate::slots;
 use crate::world::World;
@@ -263,16 +263,17 @@ const FILES: [(&str, &str); 3] = [
 /// A handle over a kernel that says yes to everything, what it offers, and whether the guest's width is another.
 fn over_fake(input: &mut Input, world: &World) -> (*mut kvmprep_vm, kvmprep_caps, bool) {
     let start = world.memory;
+    let mut fake = Fake::new(Range { start: start + HUGE * 7, end: start + 64 * GIANT });
+    let mappings = fake.mappings.get_mut().expect("no thread has it");
+    let rest = mappings[0];
     let mapping = |at: u64, writable, object| Mapping {
         start: start + HUGE * at,
         end: start + HUGE * (at + 1),
-        offset: 0,
         writable,
         shared: object == MappedObject::Shmem,
-        page_size: PAGE,
         object,
+        ..rest
     };
-    let mut fake = Fake::new(Range { start: start + HUGE * 7, end: start + 64 * GIANT });
     // One piece is not mapped.
     let kinds = [
         mapping(0, true, MappedObject::Anonymous),
@@ -282,7 +283,7 @@ fn over_fake(input: &mut Input, world: &World) -> (*mut kvmprep_vm, kvmprep_caps
         mapping(5, true, MappedObject::GuestMemfd),
         mapping(6, true, MappedObject::Hugetlb),
     ];
-    fake.mappings.get_mut().expect("no thread has it").splice(0..0, kinds);
+    mappings.splice(0..0, kinds);
     fake.files = FILES
         .iter()
         .filter(|_| !input.rarely(4))
