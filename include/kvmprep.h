@@ -295,7 +295,8 @@
 #define KVMPREP_REASON_GMEM_TOO_SHORT 43
 
 /**
- * A memslot's guest_memfd was made for another VM (-EINVAL).
+ * KVM refused a memslot that is right by all that the handle knows: its guest_memfd was made for another VM, or the handle
+ * was not told of a slot (-EINVAL).
  */
 #define KVMPREP_REASON_GMEM_OTHER_VM 44
 
@@ -576,7 +577,8 @@
 #define KVMPREP_LIMIT_CPU 12
 
 /**
- * Private memory of VMs of this type has pages of 4 KiB: TDX's is added page by page, SNP's is as the RMP has it.
+ * Private memory of VMs of this type has pages of 4 KiB, even if its guest_memfd had larger: TDX's is added page by page,
+ * SNP's is as the RMP has it.
  */
 #define KVMPREP_LIMIT_VM_TYPE 13
 
@@ -639,7 +641,8 @@
  * Refuse with -EINVAL, reason RANGE_INEXACT, before anything is done, ranges at whose edges KVM would be allowed to map
  * beyond them: it maps a whole page of 2 MiB or 1 GiB for one of 4 KiB asked for. `err` has the range as wide as its
  * edges would have to be. Whether huge pages are there at this moment does not matter, only whether the slot and the kind
- * of its memory can have them; private memory has none. With n = 0, or without stage 2, there is nothing to refuse. Since
+ * of its memory can have them. Private memory has none: that a slot is all private is believed of who says so
+ * (KVMPREP_BACKING_GUEST_MEMFD), since KVM goes by each page's attribute. With n = 0, or without stage 2, there is nothing to refuse. Since
  * 0.3.
  */
 #define KVMPREP_POPULATE_EXACT 64
@@ -1106,9 +1109,11 @@ struct kvmprep_memslot_report {
    */
   struct kvmprep_page_counts allowed;
   /**
-   * What a population of the range will get: what is in memory as it is, the rest as the kernel would allocate it. No
-   * promise: it may find no huge page free, and splits some later. Memory that is not mapped is in none of them. Before
-   * Linux 6.7 small pages that are in memory already are not seen.
+   * What a population of the range, without KVMPREP_POPULATE_HUGE_ADVICE, will get by nested paging: what is in memory as
+   * it is, the rest as the kernel would allocate it. No promise: it may find no huge page free, and splits some later.
+   * Memory that is not mapped is in none of them; what a population would refuse (a mapping that cannot be written, a
+   * file that is too short) is. Not seen are small pages that are in memory already before Linux 6.7, those of a file's
+   * cache beyond the first 64 GiB, and huge pages in the cache of a file system other than tmpfs.
    */
   struct kvmprep_page_counts expected;
   /**
@@ -1136,11 +1141,12 @@ struct kvmprep_memslot_report {
    */
   uint32_t reserved;
   /**
-   * One sentence on the limit that costs most, NUL-terminated; empty when there is none that could be otherwise.
+   * One sentence on what breaks the alignment rule, else on the limit that costs most, NUL-terminated; empty when there is
+   * none that a change would lift.
    */
   char message[256];
   /**
-   * The smallest change that lifts it, NUL-terminated; empty when there is none.
+   * The smallest change that lifts it, NUL-terminated; empty when `message` is.
    */
   char hint[256];
 };
@@ -1364,7 +1370,7 @@ struct kvmprep_populate_result {
 
 #ifdef __cplusplus
 extern "C" {
-#endif // __cplusplus
+#endif /* __cplusplus */
 
 /**
  * The version of the library at run time: major << 16 | minor << 8 | patch. The header's own is KVMPREP_VERSION.
@@ -1464,7 +1470,7 @@ int kvmprep_get_fault_stats(const int *fds,
  *
  * On success `*out` is a handle that the caller frees with kvmprep_vm_free(). On error `*out` is untouched. The
  * handle belongs to the process that made the VM: after fork() the child must neither use nor free it. It keeps
- * /proc/self/maps and /proc/self/pagemap open, where it may open them: make it before privileges are dropped.
+ * /proc/self/maps, smaps and pagemap open, where it may open them: make it before privileges are dropped.
  *
  * Threads: any. Returns 0, or -EINVAL (a pointer NULL or misaligned, an unknown flag or rule, gpa_bits or the shared bit
  * out of range, a type of VM that this kernel does not make),
@@ -1503,8 +1509,10 @@ int kvmprep_vm_set_memslots(struct kvmprep_vm *vm,
  *
  * Threads: any; changes of one slot must not race with each other. Waits for workers as
  * kvmprep_memslot_changing() does. Returns 0, or what kvmprep_memslot_check() returns, before anything is done; or what
- * KVM answered: -EINVAL with reason GMEM_OTHER_VM (a guest_memfd of another VM's, which is all that the check leaves
- * open), -EEXIST or -EINVAL (slots that the handle was not told of), -ENOMEM, -EIO. On error the slot is as it was before.
+ * KVM answered: -EINVAL with reason GMEM_OTHER_VM (a guest_memfd of another VM's, or a slot that the handle was not told
+ * of has its number or its part of the file), -EEXIST or -EINVAL (slots that the handle was not told of), -ENOMEM, -EIO. On
+ * error the slot is as it was before; one that was to be moved has lost its mappings. The deletion of a slot that the
+ * handle was not told of is KVM's to refuse.
  */
 int kvmprep_memslot_set(struct kvmprep_vm *vm,
                         const struct kvmprep_memslot *slot,
@@ -1592,11 +1600,13 @@ int kvmprep_get_coverage(const struct kvmprep_vm *vm,
  * pages the slot would have. No VM is needed and nothing is changed.
  *
  * `caps` is what kvmprep_probe() wrote for the VM; the caller may have set `vm_type` and `gpa_shared_bit`. `existing` are
- * the slots there are, as KVM has taken them, in any order; KVM's own may be among them, under the numbers
+ * the slots there are, as KVM has taken them, each once, in any order; with a guest_memfd, any descriptor of it that
+ * is still open, or -1 when all are closed. KVM's own may be among them, in each address space under the numbers
  * `caps->memslots` (APIC access page, at 0xfee00000), that plus 1 (task state segment, KVM_SET_TSS_ADDR) and plus 2
- * (identity map). `slot` of size 0 is a deletion. `report` may be NULL; it is written on success only. Where it is wanted,
- * or the rule is strict, the mappings of this process behind the slot are looked at, and for anonymous memory
- * /proc/self/smaps may be read, which takes long where much is in memory.
+ * (identity map). Whether they overlap each other is not looked at. `slot` of size 0 is a deletion. `report` may be NULL; it is written on success only. Where it is wanted,
+ * the mappings of this process behind the slot are looked at, and /proc/self/smaps may be read, which takes some 10 to 20 ms
+ * for each GiB that the process, not the slot, has in memory in pages of 4 KiB. For KVMPREP_ALIGN_CONGRUENT made strict
+ * one mapping is looked up.
  *
  * Not foreseen are shortage of memory (-ENOMEM), a dead or another process's VM (-EIO), a guest_memfd of another VM's
  * (-EINVAL, see `unknown`), and moves while a device model tracks pages (-EINVAL; KVMGT only).
@@ -1607,8 +1617,8 @@ int kvmprep_get_coverage(const struct kvmprep_vm *vm,
  * MEMSLOT_BEYOND_HOST, SHARED_BIT, GMEM_NOT_ONE, GMEM_TOO_SHORT, before Linux 7.2 GMEM_BOUND; or, with
  * KVMPREP_ALIGN_STRICT, MEMSLOT_MISALIGNED), -EEXIST (it overlaps another slot, or its part of the guest_memfd is bound to
  * one; `err` names it), -EBADF (its guest_memfd is no descriptor), -ENOTTY (a guest_memfd on a kernel before Linux 6.8),
- * -E2BIG (newer `caps` than this library knows); where mappings are looked at, -EACCES or -ENOENT too (/proc/self/maps
- * cannot be opened). Since kvmprep 0.3.
+ * -E2BIG (newer `caps` than this library knows); where mappings are looked at, -EACCES, -ENOENT, -EMFILE or -ENFILE too
+ * (/proc/self/maps cannot be opened). Since kvmprep 0.3.
  */
 int kvmprep_memslot_check(const struct kvmprep_caps *caps,
                           size_t caps_size,
@@ -1639,7 +1649,8 @@ int kvmprep_vm_check_memslot(const struct kvmprep_vm *vm,
 
 /**
  * Predicts the page sizes of a memslot, or of a part of it: what KVM's rules allow, what a population will get, and why
- * no more. That the slot could be set is not checked. `change` and `unknown` in the report are 0; the alignment is that
+ * no more. It speaks of nested paging; a host that shadows page tables maps by other rules. That the slot could be set is
+ * not checked. `change` and `unknown` in the report are 0; the alignment is that
  * of KVMPREP_ALIGN_CONGRUENT.
  *
  * `range` is the part, or NULL for the whole slot. `private_memory` are the ranges of guest memory whose attribute is
@@ -1649,7 +1660,8 @@ int kvmprep_vm_check_memslot(const struct kvmprep_vm *vm,
  *
  * Threads: any. Looks at mappings as kvmprep_memslot_check() does. Returns 0, or -EINVAL (a pointer NULL or misaligned, a
  * bad size or value, a slot that is malformed or has size 0, a range that is malformed or not in the slot), -EBADF (a
- * negative guest_memfd), -E2BIG (newer `caps`), -EACCES or -ENOENT (/proc/self/maps cannot be opened). Since
+ * negative guest_memfd), -E2BIG (newer `caps`), -EACCES, -ENOENT, -EMFILE or -ENFILE
+ * (/proc/self/maps cannot be opened). Since
  * kvmprep 0.3.
  */
 int kvmprep_memslot_predict(const struct kvmprep_caps *caps,
@@ -1868,7 +1880,7 @@ int kvmprep_job_free(struct kvmprep_job *job);
 
 #ifdef __cplusplus
 }  // extern "C"
-#endif  // __cplusplus
+#endif  /* __cplusplus */
 
 
 KVMPREP_STATIC_ASSERT(sizeof(struct kvmprep_error) == 640);

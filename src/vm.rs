@@ -7,7 +7,7 @@ use crate::error::{Error, Reason, Result, Stage};
 use crate::kvm::caps::{Caps, QUIRK_SLOT_ZAP_ALL};
 use crate::kvm::{Errno, FileId, Kernel};
 use crate::memslot::alignment::Demand;
-use crate::memslot::check::{self, Verdict, check_overlap};
+use crate::memslot::check::{self, Change, Descriptor, Verdict, check_overlap};
 use crate::memslot::{Memslot, SlotId, SlotRecord, address_space, check_guest_width};
 use crate::populate::coverage::{Coverage, Covered};
 use crate::populate::queue::Queue;
@@ -95,14 +95,17 @@ pub(crate) fn check_vm(kernel: &dyn Kernel, fd: RawFd) -> Result<()> {
 
 /// Why KVM did not take a slot. What is known of any refusal of its own goes before what is known of slots.
 fn refused_slot(slot: &Memslot, verdict: Verdict, errno: Errno) -> Error {
-    if errno.0 == libc::EINVAL && verdict.gmem_owner_unknown {
+    if errno.0 == libc::EINVAL && verdict.binds.is_some() {
         let fd = slot.region.guest_memfd;
-        let what = if verdict.gmem_kind_unknown { "is another VM's, or none" } else { "is another VM's" };
         let error = Error::invalid(
             Reason::GmemOtherVm,
-            format!("KVM refused the memslot, and all else is right: guest_memfd {fd} {what}"),
+            format!(
+                "KVM refused the memslot: guest_memfd {fd} is another VM's, or there is a slot that the handle was not told of"
+            ),
         );
-        let error = error.hint("use one that KVM_CREATE_GUEST_MEMFD made for this VM");
+        let error = error.hint(
+            "use a guest_memfd made for this VM; tell the handle of each slot that has this number or part of the file",
+        );
         return Error { range: slot.range(), ..error.stage(Stage::Memslot).slot(slot.id()) };
     }
     let mut error = Error::kernel(errno, "KVM_SET_USER_MEMORY_REGION").stage(Stage::Memslot).slot(slot.id());
@@ -112,7 +115,7 @@ fn refused_slot(slot: &Memslot, verdict: Verdict, errno: Errno) -> Error {
     }
     error.hint(match errno.0 {
         libc::EINVAL => {
-            "tell the handle of every slot there is, and of each change: by what it knows the slot is right"
+            "tell the handle of every slot there is, and of each change: by those it was told of, this one is right"
         }
         libc::EEXIST => "tell the handle of every slot there is: KVM has one there already",
         libc::ENOTTY => "needs x86-64, and for a guest_memfd Linux 6.8",
@@ -137,13 +140,7 @@ impl Vm {
             pre_faults_ended: AtomicU32::new(0),
         };
         let caps = vm.caps()?;
-        if config.vm_type != 0 && caps.vm_types.checked_shr(config.vm_type).unwrap_or(0) & 1 == 0 {
-            return Err(Error::invalid(
-                Reason::BadValue,
-                format!("this kernel makes no VMs of type {}", config.vm_type),
-            )
-            .hint("pass the type that KVM_CREATE_VM was given (KVM_X86_*)"));
-        }
+        caps.check_type(config.vm_type)?;
         // Other types than the default have not had the quirk since there has been a way to disable it.
         vm.mappings_are_kept |= config.vm_type != 0 && caps.can_keep_mappings;
         Ok(vm)
@@ -332,12 +329,36 @@ impl Vm {
 
     /// Checks, announces, sets and notes a slot.
     pub fn set(&self, slot: &Memslot) -> Result<()> {
-        let verdict = self.check(slot)?;
-        self.config.demand.check(&*self.kernel, slot)?;
+        let verdict = match self.check(slot) {
+            Err(error) if error.reason == Reason::MemslotAbsent => return self.delete_unknown(slot, error),
+            verdict => verdict?,
+        };
+        self.config.demand.check(&*self.kernel, slot, verdict.change)?;
+        if verdict.change == Change::None {
+            return self.note(slot);
+        }
         self.changing(slot.id());
         if let Err(errno) = self.kernel.set_region(self.fd(), &slot.region) {
-            self.memory().slots.set_changing(slot.id(), false);
+            let mut memory = self.memory();
+            memory.slots.set_changing(slot.id(), false);
+            if verdict.change == Change::Move {
+                // KVM drops the mappings first, and puts back the slot alone.
+                let old = memory.slots.get(slot.id()).copied();
+                self.note_loss(&mut memory, old.as_ref(), None);
+            }
             return Err(refused_slot(slot, verdict, errno));
+        }
+        self.note(slot)
+    }
+
+    /// Deletes a slot that the handle was not told of, if KVM has it.
+    fn delete_unknown(&self, slot: &Memslot, unknown: Error) -> Result<()> {
+        self.kernel.set_region(self.fd(), &slot.region).map_err(|errno| match errno.0 {
+            libc::EINVAL => unknown,
+            _ => Error::kernel(errno, "KVM_SET_USER_MEMORY_REGION").stage(Stage::Memslot).slot(slot.id()),
+        })?;
+        if !self.mappings_are_kept {
+            self.memory().coverage.lost_all_stage2();
         }
         self.note(slot)
     }
@@ -345,7 +366,8 @@ impl Vm {
     /// Whether KVM would take the slot, as far as the handle knows of others.
     pub fn check(&self, slot: &Memslot) -> Result<Verdict> {
         let caps = self.caps()?;
-        let verdict = check::check(&*self.kernel, caps, &self.memory().slots, slot)?;
+        let descriptor = check::look(&*self.kernel, slot);
+        let verdict = check::check(caps, &self.memory().slots, slot, descriptor)?;
         if let (Some(range), Some(bits)) = (slot.range(), self.config.gpa_bits) {
             check_guest_width(range, bits).map_err(|e| e.stage(Stage::Memslot).slot(slot.id()))?;
         }
@@ -354,8 +376,10 @@ impl Vm {
 
     /// Which file the slot's guest_memfd is, where it has one.
     fn guest_memfd_of(&self, slot: &Memslot) -> Option<FileId> {
-        let fd = (slot.has_guest_memfd() && slot.range().is_some()).then_some(slot.region.guest_memfd)?;
-        self.kernel.file_status(fd).ok().map(|status| status.id)
+        match check::look(&*self.kernel, slot)? {
+            Descriptor::Usable(binding) => Some(binding.file.id),
+            Descriptor::Closed(_) | Descriptor::Foreign => None,
+        }
     }
 
     /// What the change from `old` to `new` has cost.

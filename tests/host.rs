@@ -91,6 +91,7 @@ fn where_a_look_costs_all_mappings_a_plan_takes_one_and_each_plan_its_own() {
             start: HVA + at * SIZE / pieces / PAGE * PAGE,
             end: HVA + (at + 1) * SIZE / pieces / PAGE * PAGE,
             offset: 0,
+            on_mount: false,
             writable: true,
             shared: at % 2 == 0,
             page_size: 0,

@@ -1,17 +1,24 @@
 //! KVM's rules for memslots that no kernel at hand can show side by side: those that changed from release to release,
 //! and TDX's.
 //!
-//! Everything else of the rules is held against real kernels: see `cargo xtask bed diff memslots`.
+//! And what depends on settings that a test should not change: policies for huge pages, a file's cache. Everything else is
+//! held against real kernels: see `cargo xtask bed diff`.
 
 mod fake;
 
 use fake::{Call, Fake};
 use kvmprep::error::{Reason, Stage};
 use kvmprep::kvm::caps::Caps;
-use kvmprep::kvm::{FileId, FileStatus, MEM_GUEST_MEMFD, MEM_READONLY, Region, USER_ADDRESSES_END};
+use kvmprep::kvm::{
+    FileId, FileStatus, MEM_GUEST_MEMFD, MEM_LOG_DIRTY_PAGES, MEM_READONLY, MappedObject, Mapping, Region,
+    USER_ADDRESSES_END,
+};
 use kvmprep::memslot::alignment::{Demand, Rule};
-use kvmprep::memslot::check::{Change, check};
-use kvmprep::memslot::{Memslot, Nature, SlotRecord};
+use kvmprep::memslot::check::{Change, check, look};
+use kvmprep::memslot::prediction::{Counts, Limit};
+use kvmprep::memslot::report::report;
+use kvmprep::memslot::{Backing, Memslot, Nature, SlotRecord};
+use kvmprep::populate::exact;
 use kvmprep::range::Range;
 use kvmprep::vm::{Config, Vm};
 use std::sync::Arc;
@@ -54,7 +61,7 @@ fn verdict(caps: &Caps, slot: &Memslot) -> (i32, Reason) {
     let kernel = kernel();
     let mut record = SlotRecord::default();
     record.replace(&self::slot(1, 0, MEM_GUEST_MEMFD, 0), Some(kernel.file_status.id));
-    match check(&kernel, caps, &record, slot) {
+    match check(caps, &record, slot, look(&kernel, slot)) {
         Ok(verdict) => {
             assert_eq!(verdict.change, Change::Create);
             (0, Reason::None)
@@ -132,12 +139,11 @@ fn what_a_vm_has_not_is_refused_as_its_kernel_does() {
 
 #[test]
 fn kvm_s_own_slots_are_named() {
-    let kernel = kernel();
     let mut record = SlotRecord::default();
     let mut tss = slot(32764 + 1, 0xfeff_d000, 0, 0);
     tss.region.size = 0x3000;
     record.replace(&tss, None);
-    let error = check(&kernel, &caps([7, 3, 0]), &record, &slot(2, 0xfee0_0000, 0, 0)).unwrap_err();
+    let error = check(&caps([7, 3, 0]), &record, &slot(2, 0xfee0_0000, 0, 0), None).unwrap_err();
     assert_eq!((error.reason, error.other_slot), (Reason::MemslotOverlap, Some(32765)));
     assert!(error.hint.contains("task state segment"), "{}", error.hint);
 }
@@ -156,7 +162,7 @@ fn what_only_kvm_knows_is_told_when_kvm_has_refused() {
     let kernel = Arc::new(kernel());
     let vm = Vm::new(kernel.clone(), Config { vm_fd: 3, gpa_bits: Some(40), ..Config::default() }).unwrap();
     let with_gmem = slot(2, GPA, MEM_GUEST_MEMFD, 0);
-    assert!(vm.check(&with_gmem).unwrap().gmem_owner_unknown);
+    assert!(vm.check(&with_gmem).unwrap().binds.is_some());
     kernel.fail(Call::SetRegion, 0, libc::EINVAL);
     let error = vm.set(&with_gmem).unwrap_err();
     assert_eq!((error.errno, error.reason), (libc::EINVAL, Reason::GmemOtherVm));
@@ -176,4 +182,146 @@ fn a_strict_handle_sets_no_slot_that_breaks_its_rule() {
     assert!(kernel.is_still_to_fail(), "KVM was asked all the same");
     odd.region.size = 0x1000;
     assert_eq!(vm.set(&odd).unwrap_err().reason, Reason::VmDead, "a slot without huge pages breaks no rule");
+}
+
+#[test]
+fn a_slot_that_is_there_may_change_its_flags_and_go_whatever_the_rule() {
+    let demand = Demand { rule: Rule::Congruent, strict: true };
+    let vm = Vm::new(Arc::new(kernel()), Config { vm_fd: 3, demand, ..Config::default() }).unwrap();
+    let mut odd = slot(2, 1 << 32, 0, 0);
+    odd.region.hva += 0x1000;
+    vm.note(&odd).unwrap();
+    odd.region.flags = MEM_LOG_DIRTY_PAGES;
+    vm.set(&odd).unwrap();
+    odd.region.size = 0;
+    vm.set(&odd).unwrap();
+}
+
+/// It may have been made before there was a handle.
+#[test]
+fn a_deletion_of_a_slot_that_the_handle_does_not_know_is_kvm_s_to_refuse() {
+    let kernel = Arc::new(kernel());
+    let vm = Vm::new(kernel.clone(), Config { vm_fd: 3, ..Config::default() }).unwrap();
+    let mut gone = slot(5, GPA, 0, 0);
+    gone.region.size = 0;
+    assert_eq!(vm.check(&gone).unwrap_err().reason, Reason::MemslotAbsent);
+    vm.set(&gone).unwrap();
+    kernel.fail(Call::SetRegion, 0, libc::EINVAL);
+    let error = vm.set(&gone).unwrap_err();
+    assert_eq!((error.errno, error.reason), (libc::EINVAL, Reason::MemslotAbsent));
+}
+
+#[test]
+fn a_type_that_the_vm_cannot_be_of_is_refused() {
+    let of_type = |vm_type| {
+        // The fake makes VMs of type 0 and has no private memory.
+        let kernel: Arc<Fake> = Arc::new(kernel());
+        Vm::new(kernel, Config { vm_fd: 3, vm_type, ..Config::default() }).map(drop).map_err(|e| e.reason)
+    };
+    assert_eq!(of_type(0), Ok(()));
+    for vm_type in [1, 4, 5, 63, 64, 99] {
+        assert_eq!(of_type(vm_type), Err(Reason::BadValue), "type {vm_type}");
+    }
+    let both = Caps { vm_types: 0b11, ..caps([7, 3, 0]) };
+    assert_eq!(both.check_type(1).unwrap_err().reason, Reason::BadValue, "it has no private memory");
+    Caps { memory_attributes: 8, ..both }.check_type(1).unwrap();
+}
+
+// ---- The memory behind a slot ----
+
+const M2: u64 = 2 << 20;
+const THP: &str = "/sys/kernel/mm/transparent_hugepage";
+
+/// What is expected of a slot over one mapping, and why no more.
+fn expected(kernel: &Fake, slot: &Memslot) -> (Counts, Limit) {
+    let found =
+        report(kernel, &caps([7, 3, 0]), slot, slot.range().unwrap(), None, Demand::default()).unwrap();
+    (found.prediction.expected, found.prediction.below_2m.limit)
+}
+
+fn mapped(object: MappedObject, on_mount: bool, smaps: &str) -> Fake {
+    let mut kernel = kernel();
+    {
+        let mut mappings = kernel.mappings.lock().unwrap();
+        mappings[0] = Mapping { object, on_mount, shared: object != MappedObject::Anonymous, ..mappings[0] };
+    }
+    let entry = format!("{HVA:x}-{:x} rw-s 0 0:0 1 /x\nKernelPageSize: 4 kB\n{smaps}\n", HVA + SIZE);
+    kernel.files.insert("/proc/self/smaps".into(), entry);
+    for (name, value) in
+        [("enabled", "always [madvise] never"), ("shmem_enabled", "always advise [never] deny force")]
+    {
+        kernel.files.insert(format!("{THP}/{name}"), value.into());
+    }
+    kernel
+}
+
+const HUGE: Counts = Counts { k4: 0, m2: SIZE / M2, g1: 0 };
+const SMALL: Counts = Counts { k4: SIZE / 4096, m2: 0, g1: 0 };
+
+#[test]
+fn anonymous_memory_has_huge_pages_where_they_are_advised() {
+    let anonymous = |smaps| expected(&mapped(MappedObject::Anonymous, false, smaps), &slot(1, GPA, 0, 0));
+    assert_eq!(anonymous("VmFlags: rd wr hg"), (HUGE, Limit::None));
+    assert_eq!(anonymous("VmFlags: rd wr"), (SMALL, Limit::Advice));
+    assert_eq!(anonymous("VmFlags: rd wr nh"), (SMALL, Limit::NoThp));
+}
+
+/// The setting for shared memory says nothing of a mount; that a mapping is eligible does.
+#[test]
+fn a_file_on_a_tmpfs_mount_goes_by_its_mount() {
+    for (on_mount, smaps, outcome) in [
+        (true, "THPeligible: 1\nVmFlags: rd", (HUGE, Limit::None)),
+        (true, "THPeligible: 0\nVmFlags: rd", (SMALL, Limit::NoThp)),
+        (false, "THPeligible: 1\nVmFlags: rd", (SMALL, Limit::NoThp)),
+    ] {
+        let kernel = mapped(MappedObject::Shmem, on_mount, smaps);
+        assert_eq!(expected(&kernel, &slot(1, GPA, 0, 0)), outcome, "{on_mount} {smaps}");
+    }
+    // By its path it is any file; its descriptor tells.
+    let kernel = mapped(MappedObject::File, true, "THPeligible: 1\nVmFlags: rd");
+    assert_eq!(expected(&kernel, &slot(1, GPA, 0, 0)), (SMALL, Limit::Backing));
+    let told = Memslot { file: Some((7, 0)), ..slot(1, GPA, 0, 0) };
+    assert_eq!(expected(&kernel, &told), (HUGE, Limit::None));
+}
+
+#[test]
+fn shared_memory_of_which_a_part_is_cached_has_small_pages() {
+    let force = |cached| {
+        let mut kernel = mapped(MappedObject::Shmem, false, "THPeligible: 1\nVmFlags: rd");
+        kernel.files.insert(format!("{THP}/shmem_enabled"), "never deny [force]".into());
+        kernel.cached = cached;
+        expected(&kernel, &slot(1, GPA, 0, 0))
+    };
+    assert_eq!(force(0), (HUGE, Limit::None));
+    assert_eq!(force(0x1000), (SMALL, Limit::Resident));
+    assert_eq!(force(SIZE), (HUGE, Limit::None));
+}
+
+#[test]
+fn a_breach_is_what_the_report_speaks_of() {
+    let kernel = mapped(MappedObject::Anonymous, false, "VmFlags: rd");
+    let mut odd = slot(1, GPA, MEM_LOG_DIRTY_PAGES, 0);
+    odd.region.hva += 0x1000;
+    let range = odd.range().unwrap();
+    let found = report(&kernel, &caps([7, 3, 0]), &odd, range, None, Demand::default()).unwrap();
+    assert!(found.alignment.hva_breach && found.message.contains("differ modulo"), "{}", found.message);
+    assert!(found.hint.contains("0x1ff000 bytes higher"), "{}", found.hint);
+}
+
+/// Where the VMM says nothing, KVM's attributes may say "shared"; and without private memory its word means nothing.
+#[test]
+fn exact_believes_only_who_says_that_memory_is_private() {
+    let part = [Range::new(GPA + 0x1000, 0x1000).unwrap()];
+    let hidden = Some(Backing { object: MappedObject::GuestMemfd, shared: false });
+    for (attributes, backing, is_exact) in [(8, None, false), (8, hidden, true), (0, hidden, false)] {
+        let mut record = SlotRecord::default();
+        record.replace(&Memslot { backing, ..slot(1, GPA, MEM_GUEST_MEMFD, 0) }, None);
+        let caps = Caps { memory_attributes: attributes, ..caps([7, 3, 0]) };
+        let checked = exact::check(&kernel(), &caps, &record, &part);
+        assert_eq!(checked.is_ok(), is_exact, "{attributes} {backing:?}");
+        if let Err(error) = checked {
+            assert_eq!((error.reason, error.slot), (Reason::RangeInexact, Some(1)));
+            assert_eq!(error.range, Range::new(GPA, M2));
+        }
+    }
 }

@@ -111,6 +111,7 @@ impl Kernel for Willing {
             start: HVA,
             end: u64::MAX,
             offset: 0,
+            on_mount: false,
             writable: true,
             shared: true,
             page_size: 4096,

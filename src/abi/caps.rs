@@ -88,33 +88,45 @@ impl From<&Caps> for kvmprep_caps {
     }
 }
 
-impl From<&kvmprep_caps> for Caps {
-    fn from(caps: &kvmprep_caps) -> Self {
-        let release = caps.kernel_release;
-        Self {
-            release: [release >> 16, release >> 8 & 0xff, release & 0xff],
-            pre_fault: caps.pre_fault != 0,
-            can_keep_mappings: caps.keep_mappings != 0,
-            read_only: caps.read_only_memslots != 0,
-            guest_memfd: caps.guest_memfd != 0,
-            guest_memfd_flags: caps.guest_memfd_flags,
-            memory_attributes: caps.memory_attributes,
-            vm_types: caps.vm_types,
-            memslots: caps.memslots,
-            address_spaces: caps.address_spaces,
-            gpa_bits: caps.gpa_bits,
-            nested_paging: caps.nested_paging != 0,
-            user_memory2: caps.user_memory2 != 0,
-            hva_end: caps.hva_end,
-            vm_type: caps.vm_type,
-            gpa_shared_bit: shared_bit(caps.gpa_shared_bit),
+impl kvmprep_caps {
+    /// What a caller passes in, whose own fields are checked.
+    pub(super) fn decode(&self) -> Result<Caps> {
+        if self.memslots == 0 {
+            return Err(Error::invalid(Reason::BadValue, "caps are none that a probe has written")
+                .hint("fill them by kvmprep_probe() with the VM"));
         }
+        let release = self.kernel_release;
+        let caps = Caps {
+            release: [release >> 16, release >> 8 & 0xff, release & 0xff],
+            pre_fault: self.pre_fault != 0,
+            can_keep_mappings: self.keep_mappings != 0,
+            read_only: self.read_only_memslots != 0,
+            guest_memfd: self.guest_memfd != 0,
+            guest_memfd_flags: self.guest_memfd_flags,
+            memory_attributes: self.memory_attributes,
+            vm_types: self.vm_types,
+            memslots: self.memslots,
+            address_spaces: self.address_spaces,
+            gpa_bits: self.gpa_bits,
+            nested_paging: self.nested_paging != 0,
+            user_memory2: self.user_memory2 != 0,
+            hva_end: self.hva_end,
+            vm_type: self.vm_type,
+            gpa_shared_bit: shared_bit(self.gpa_shared_bit)?,
+        };
+        caps.check_type(caps.vm_type)?;
+        Ok(caps)
     }
 }
 
-/// The mask of a bit by its number, of which 0 and what no gpa has are none.
-pub(super) fn shared_bit(number: u32) -> u64 {
-    1u64.checked_shl(number).unwrap_or(0) & !1
+/// The mask of TDX's shared bit, told by its number; 0 for 0, which says that there is none.
+pub(super) fn shared_bit(number: u32) -> Result<u64> {
+    match number {
+        0 => Ok(0),
+        47 | 51 => Ok(1 << number),
+        _ => Err(Error::invalid(Reason::BadValue, format!("gpa_shared_bit is {number}, not 47, 51 or 0"))
+            .hint("pass the number of the bit, as the guest's width has it, not its mask")),
+    }
 }
 
 /// Finds out what the kernel offers.

@@ -8,7 +8,7 @@ use crate::error::{Error, Reason, Result, Stage};
 use crate::kvm::caps::Caps;
 use crate::kvm::{FileId, Kernel, Linux, Region};
 use crate::memslot::alignment::{Demand, Rule};
-use crate::memslot::check::{self, Change, Verdict};
+use crate::memslot::check::{self, Change, Descriptor, Verdict};
 use crate::memslot::prediction::Counts;
 use crate::memslot::report::{Report, report};
 use crate::memslot::{Backing, Memslot, Nature, SlotId, Slots, address_space};
@@ -232,7 +232,8 @@ pub const KVMPREP_LIMIT_RESIDENT: u32 = 10;
 pub const KVMPREP_LIMIT_NOT_MAPPED: u32 = 11;
 /// The processor has no pages of that size.
 pub const KVMPREP_LIMIT_CPU: u32 = 12;
-/// Private memory of VMs of this type has pages of 4 KiB: TDX's is added page by page, SNP's is as the RMP has it.
+/// Private memory of VMs of this type has pages of 4 KiB, even if its guest_memfd had larger: TDX's is added page by page,
+/// SNP's is as the RMP has it.
 pub const KVMPREP_LIMIT_VM_TYPE: u32 = 13;
 
 /// Numbers of stage-2 mappings, by their size. Its layout is fixed for ever.
@@ -276,9 +277,11 @@ pub struct kvmprep_memslot_report {
     /// What KVM's rules allow, whatever is mapped behind the slot. A mapping that reaches beyond the range asked about
     /// counts as one.
     pub allowed: kvmprep_page_counts,
-    /// What a population of the range will get: what is in memory as it is, the rest as the kernel would allocate it. No
-    /// promise: it may find no huge page free, and splits some later. Memory that is not mapped is in none of them. Before
-    /// Linux 6.7 small pages that are in memory already are not seen.
+    /// What a population of the range, without KVMPREP_POPULATE_HUGE_ADVICE, will get by nested paging: what is in memory as
+    /// it is, the rest as the kernel would allocate it. No promise: it may find no huge page free, and splits some later.
+    /// Memory that is not mapped is in none of them; what a population would refuse (a mapping that cannot be written, a
+    /// file that is too short) is. Not seen are small pages that are in memory already before Linux 6.7, those of a file's
+    /// cache beyond the first 64 GiB, and huge pages in the cache of a file system other than tmpfs.
     pub expected: kvmprep_page_counts,
     /// KVMPREP_LIMIT_*: why not all is expected in pages of 2 MiB or more; of several reasons, the one for the most bytes.
     pub limit_2m: u32,
@@ -292,9 +295,10 @@ pub struct kvmprep_memslot_report {
     pub unknown: u32,
     /// Zero.
     pub reserved: u32,
-    /// One sentence on the limit that costs most, NUL-terminated; empty when there is none that could be otherwise.
+    /// One sentence on what breaks the alignment rule, else on the limit that costs most, NUL-terminated; empty when there is
+    /// none that a change would lift.
     pub message: [c_char; 256],
-    /// The smallest change that lifts it, NUL-terminated; empty when there is none.
+    /// The smallest change that lifts it, NUL-terminated; empty when `message` is.
     pub hint: [c_char; 256],
 }
 
@@ -313,8 +317,8 @@ impl kvmprep_memslot_report {
             limit_1g: 0,
             limited_2m: 0,
             limited_1g: 0,
-            unknown: unknown(verdict.gmem_owner_unknown, KVMPREP_UNKNOWN_GMEM_OWNER)
-                | unknown(verdict.gmem_kind_unknown, KVMPREP_UNKNOWN_GMEM_KIND),
+            unknown: unknown(verdict.binds.is_some(), KVMPREP_UNKNOWN_GMEM_OWNER)
+                | unknown(verdict.binds.is_some_and(|binds| !binds.is_certain), KVMPREP_UNKNOWN_GMEM_KIND),
             reserved: 0,
             message: [0; 256],
             hint: [0; 256],
@@ -340,12 +344,15 @@ impl kvmprep_memslot_report {
 }
 
 /// Slots as C lists them, in no order.
-struct Listed<'a>(&'a [kvmprep_memslot]);
+struct Listed<'a> {
+    slots: &'a [kvmprep_memslot],
+    kernel: &'a dyn Kernel,
+}
 
 impl Listed<'_> {
-    /// All of them; those that cannot be slots were refused before.
+    /// All of them; what cannot be a slot was refused before.
     fn iter(&self) -> impl Iterator<Item = (Memslot, Range)> {
-        self.0.iter().filter_map(|c| {
+        self.slots.iter().filter_map(|c| {
             let slot = c.decode().ok()?;
             Some((slot, slot.range()?))
         })
@@ -364,10 +371,10 @@ impl Slots for Listed<'_> {
             .map(|(slot, place)| (slot.id(), place))
     }
 
-    fn bound(&self, kernel: &dyn Kernel, file: FileId, part: Range) -> Option<SlotId> {
-        let is_of_file = |slot: &Memslot| {
-            slot.has_guest_memfd()
-                && kernel.file_status(slot.region.guest_memfd).is_ok_and(|status| status.id == file)
+    fn bound(&self, file: FileId, part: Range) -> Option<SlotId> {
+        let is_of_file = |slot: &Memslot| match check::look(self.kernel, slot) {
+            Some(Descriptor::Usable(binding)) => binding.file.id == file,
+            _ => false,
         };
         let takes_part = |slot: &Memslot| {
             Range::new(slot.region.guest_memfd_offset, slot.region.size)
@@ -377,17 +384,27 @@ impl Slots for Listed<'_> {
     }
 }
 
-/// Refuses a list that cannot be of slots.
-fn check_existing(existing: &[kvmprep_memslot]) -> Result<()> {
-    for (index, slot) in existing.iter().enumerate() {
-        let usable = slot.decode().and_then(|slot| {
-            slot.range().map(drop).ok_or_else(|| Error::invalid(Reason::BadValue, "it has size 0, or wraps"))
+/// Refuses a list that cannot be of a VM's slots, as far as `slot` depends on it.
+fn check_existing(existing: &[kvmprep_memslot], slot: &Memslot) -> Result<()> {
+    let unusable = |index: usize, error: Error| Error {
+        message: format!("existing[{index}] is no memslot: {}", error.message),
+        hint: "list the slots that KVM has taken, each once and as it has taken it".into(),
+        ..error
+    };
+    let wrong = |message: &str| Err(Error::invalid(Reason::BadValue, message));
+    let mut is_there = false;
+    for (index, listed) in existing.iter().enumerate() {
+        let usable = listed.decode().and_then(|listed| {
+            listed.check_form()?;
+            if listed.range().is_none() {
+                return wrong("it has size 0");
+            }
+            if listed.id() == slot.id() && std::mem::replace(&mut is_there, true) {
+                return wrong("its number stands in the list twice");
+            }
+            Ok(())
         });
-        usable.map_err(|error| Error {
-            message: format!("existing[{index}] is no memslot: {}", error.message),
-            hint: "list the slots that KVM has taken, as it has taken them".into(),
-            ..error
-        })?;
+        usable.map_err(|error| unusable(index, error))?;
     }
     Ok(())
 }
@@ -404,7 +421,7 @@ unsafe fn conclude(
     verdict: Verdict,
     (report, report_size): (*mut kvmprep_memslot_report, usize),
 ) -> Result<c_int> {
-    demand.check(kernel, slot)?;
+    demand.check(kernel, slot, verdict.change)?;
     if !report.is_null() {
         // A deletion leaves nothing to report on.
         let whole =
@@ -421,11 +438,13 @@ unsafe fn conclude(
 /// pages the slot would have. No VM is needed and nothing is changed.
 ///
 /// `caps` is what kvmprep_probe() wrote for the VM; the caller may have set `vm_type` and `gpa_shared_bit`. `existing` are
-/// the slots there are, as KVM has taken them, in any order; KVM's own may be among them, under the numbers
+/// the slots there are, as KVM has taken them, each once, in any order; with a guest_memfd, any descriptor of it that
+/// is still open, or -1 when all are closed. KVM's own may be among them, in each address space under the numbers
 /// `caps->memslots` (APIC access page, at 0xfee00000), that plus 1 (task state segment, KVM_SET_TSS_ADDR) and plus 2
-/// (identity map). `slot` of size 0 is a deletion. `report` may be NULL; it is written on success only. Where it is wanted,
-/// or the rule is strict, the mappings of this process behind the slot are looked at, and for anonymous memory
-/// /proc/self/smaps may be read, which takes long where much is in memory.
+/// (identity map). Whether they overlap each other is not looked at. `slot` of size 0 is a deletion. `report` may be NULL; it is written on success only. Where it is wanted,
+/// the mappings of this process behind the slot are looked at, and /proc/self/smaps may be read, which takes some 10 to 20 ms
+/// for each GiB that the process, not the slot, has in memory in pages of 4 KiB. For KVMPREP_ALIGN_CONGRUENT made strict
+/// one mapping is looked up.
 ///
 /// Not foreseen are shortage of memory (-ENOMEM), a dead or another process's VM (-EIO), a guest_memfd of another VM's
 /// (-EINVAL, see `unknown`), and moves while a device model tracks pages (-EINVAL; KVMGT only).
@@ -436,8 +455,8 @@ unsafe fn conclude(
 /// MEMSLOT_BEYOND_HOST, SHARED_BIT, GMEM_NOT_ONE, GMEM_TOO_SHORT, before Linux 7.2 GMEM_BOUND; or, with
 /// KVMPREP_ALIGN_STRICT, MEMSLOT_MISALIGNED), -EEXIST (it overlaps another slot, or its part of the guest_memfd is bound to
 /// one; `err` names it), -EBADF (its guest_memfd is no descriptor), -ENOTTY (a guest_memfd on a kernel before Linux 6.8),
-/// -E2BIG (newer `caps` than this library knows); where mappings are looked at, -EACCES or -ENOENT too (/proc/self/maps
-/// cannot be opened). Since kvmprep 0.3.
+/// -E2BIG (newer `caps` than this library knows); where mappings are looked at, -EACCES, -ENOENT, -EMFILE or -ENFILE too
+/// (/proc/self/maps cannot be opened). Since kvmprep 0.3.
 ///
 /// # Safety
 /// `caps` points to `caps_size` bytes, `existing` to `n_existing` elements, `slot` to a kvmprep_memslot, `report` to
@@ -457,14 +476,15 @@ pub unsafe extern "C" fn kvmprep_memslot_check(
     // SAFETY: passed on from the caller.
     unsafe {
         boundary(err, || {
-            let caps = Caps::from(&read_sized(caps, caps_size, kvmprep_caps::FIRST_PASSED_IN, "caps")?);
+            let caps = read_sized(caps, caps_size, kvmprep_caps::FIRST_PASSED_IN, "caps")?.decode()?;
             let existing = slice(existing, n_existing, "existing")?;
-            check_existing(existing)?;
             let slot = reference(slot, "slot")?.decode()?;
+            check_existing(existing, &slot)?;
             let demand = decode_rule(alignment_rule, "alignment_rule")?;
             check_optional_out(report, report_size, "report")?;
             let kernel = Linux::default();
-            let verdict = check::check(&kernel, &caps, &Listed(existing), &slot)?;
+            let listed = Listed { slots: existing, kernel: &kernel };
+            let verdict = check::check(&caps, &listed, &slot, check::look(&kernel, &slot))?;
             conclude(&kernel, &caps, &slot, demand, verdict, (report, report_size))
         })
     }
@@ -505,7 +525,8 @@ pub unsafe extern "C" fn kvmprep_vm_check_memslot(
 }
 
 /// Predicts the page sizes of a memslot, or of a part of it: what KVM's rules allow, what a population will get, and why
-/// no more. That the slot could be set is not checked. `change` and `unknown` in the report are 0; the alignment is that
+/// no more. It speaks of nested paging; a host that shadows page tables maps by other rules. That the slot could be set is
+/// not checked. `change` and `unknown` in the report are 0; the alignment is that
 /// of KVMPREP_ALIGN_CONGRUENT.
 ///
 /// `range` is the part, or NULL for the whole slot. `private_memory` are the ranges of guest memory whose attribute is
@@ -515,7 +536,8 @@ pub unsafe extern "C" fn kvmprep_vm_check_memslot(
 ///
 /// Threads: any. Looks at mappings as kvmprep_memslot_check() does. Returns 0, or -EINVAL (a pointer NULL or misaligned, a
 /// bad size or value, a slot that is malformed or has size 0, a range that is malformed or not in the slot), -EBADF (a
-/// negative guest_memfd), -E2BIG (newer `caps`), -EACCES or -ENOENT (/proc/self/maps cannot be opened). Since
+/// negative guest_memfd), -E2BIG (newer `caps`), -EACCES, -ENOENT, -EMFILE or -ENFILE
+/// (/proc/self/maps cannot be opened). Since
 /// kvmprep 0.3.
 ///
 /// # Safety
@@ -537,7 +559,7 @@ pub unsafe extern "C" fn kvmprep_memslot_predict(
     // SAFETY: passed on from the caller.
     unsafe {
         boundary(err, || {
-            let caps = Caps::from(&read_sized(caps, caps_size, kvmprep_caps::FIRST_PASSED_IN, "caps")?);
+            let caps = read_sized(caps, caps_size, kvmprep_caps::FIRST_PASSED_IN, "caps")?.decode()?;
             let slot = reference(slot, "slot")?.decode()?;
             check_sized_out(report, report_size, "report")?;
             slot.check(64)?;
@@ -548,11 +570,13 @@ pub unsafe extern "C" fn kvmprep_memslot_predict(
                 None
             } else {
                 let private = slice(private_memory, n_private, "private_memory")?;
-                Some(private.iter().map(kvmprep_range::decode).collect::<Result<RangeSet>>()?)
+                let mut private = private.iter().map(kvmprep_range::decode).collect::<Result<Vec<_>>>()?;
+                // In order, each is added at the end of the set, which costs nothing.
+                private.sort_by_key(|range| range.start);
+                Some(private.into_iter().collect::<RangeSet>())
             };
             let found = predict(&caps, &slot, part, private)?;
-            let verdict =
-                Verdict { change: Change::None, gmem_kind_unknown: false, gmem_owner_unknown: false };
+            let verdict = Verdict { change: Change::None, binds: None };
             write_sized(report, report_size, &kvmprep_memslot_report::new(verdict, Some(&found)), "report")?;
             Ok(0)
         })

@@ -49,7 +49,8 @@ pub const KVMPREP_POPULATE_DIRTY_LOGGED: u32 = 32;
 /// Refuse with -EINVAL, reason RANGE_INEXACT, before anything is done, ranges at whose edges KVM would be allowed to map
 /// beyond them: it maps a whole page of 2 MiB or 1 GiB for one of 4 KiB asked for. `err` has the range as wide as its
 /// edges would have to be. Whether huge pages are there at this moment does not matter, only whether the slot and the kind
-/// of its memory can have them; private memory has none. With n = 0, or without stage 2, there is nothing to refuse. Since
+/// of its memory can have them. Private memory has none: that a slot is all private is believed of who says so
+/// (KVMPREP_BACKING_GUEST_MEMFD), since KVM goes by each page's attribute. With n = 0, or without stage 2, there is nothing to refuse. Since
 /// 0.3.
 pub const KVMPREP_POPULATE_EXACT: u32 = 64;
 

@@ -98,7 +98,7 @@ impl From<Arc<Vm>> for kvmprep_vm {
 ///
 /// On success `*out` is a handle that the caller frees with kvmprep_vm_free(). On error `*out` is untouched. The
 /// handle belongs to the process that made the VM: after fork() the child must neither use nor free it. It keeps
-/// /proc/self/maps and /proc/self/pagemap open, where it may open them: make it before privileges are dropped.
+/// /proc/self/maps, smaps and pagemap open, where it may open them: make it before privileges are dropped.
 ///
 /// Threads: any. Returns 0, or -EINVAL (a pointer NULL or misaligned, an unknown flag or rule, gpa_bits or the shared bit
 /// out of range, a type of VM that this kernel does not make),
@@ -124,13 +124,6 @@ pub unsafe extern "C" fn kvmprep_vm_new(
                 "config->flags",
             )?;
             check_reserved(config.reserved == 0, "config")?;
-            if config.gpa_shared_bit > 51 {
-                return Err(Error::invalid(
-                    Reason::BadValue,
-                    format!("config->gpa_shared_bit is {}, which no gpa has", config.gpa_shared_bit),
-                )
-                .hint("pass 47 or 51 for TDX, else 0"));
-            }
             if config.gpa_bits != 0 && !(12..=52).contains(&config.gpa_bits) {
                 return Err(Error::invalid(
                     Reason::BadValue,
@@ -144,7 +137,7 @@ pub unsafe extern "C" fn kvmprep_vm_new(
                 keep_mappings: config.flags & KVMPREP_VM_KEEP_MAPPINGS != 0,
                 mappings_are_kept: config.flags & KVMPREP_VM_MAPPINGS_ARE_KEPT != 0,
                 vm_type: config.vm_type,
-                gpa_shared_bit: shared_bit(config.gpa_shared_bit),
+                gpa_shared_bit: shared_bit(config.gpa_shared_bit)?,
                 demand: decode_rule(config.alignment_rule, "config->alignment_rule")?,
             };
             let vm = Vm::new(Arc::new(Linux::with_open_files()), config)?;
@@ -212,8 +205,10 @@ pub unsafe extern "C" fn kvmprep_vm_set_memslots(
 ///
 /// Threads: any; changes of one slot must not race with each other. Waits for workers as
 /// kvmprep_memslot_changing() does. Returns 0, or what kvmprep_memslot_check() returns, before anything is done; or what
-/// KVM answered: -EINVAL with reason GMEM_OTHER_VM (a guest_memfd of another VM's, which is all that the check leaves
-/// open), -EEXIST or -EINVAL (slots that the handle was not told of), -ENOMEM, -EIO. On error the slot is as it was before.
+/// KVM answered: -EINVAL with reason GMEM_OTHER_VM (a guest_memfd of another VM's, or a slot that the handle was not told
+/// of has its number or its part of the file), -EEXIST or -EINVAL (slots that the handle was not told of), -ENOMEM, -EIO. On
+/// error the slot is as it was before; one that was to be moved has lost its mappings. The deletion of a slot that the
+/// handle was not told of is KVM's to refuse.
 ///
 /// # Safety
 /// `vm` is a handle, `slot` points to a kvmprep_memslot, `err` to a kvmprep_error or is NULL.

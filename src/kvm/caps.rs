@@ -2,6 +2,7 @@
 
 use super::uapi::KVM_CAP_GUEST_MEMFD_FLAGS;
 use super::{Errno, Kernel, Sys, ioctls};
+use crate::error::{Error, Reason, Result};
 use std::os::fd::RawFd;
 
 pub use ioctls::{QUIRK_SLOT_ZAP_ALL, largest_page, physical_address_bits};
@@ -53,6 +54,13 @@ pub struct Caps {
     pub gpa_shared_bit: u64,
 }
 
+/// Types of VMs with private memory.
+pub const KVM_X86_SW_PROTECTED_VM: u32 = 1;
+/// AMD's.
+pub const KVM_X86_SNP_VM: u32 = 4;
+/// Intel's.
+pub const KVM_X86_TDX_VM: u32 = 5;
+
 /// The most bits that a gpa of a memslot has where KVM does not use nested paging.
 const SHADOWED_GPA_BITS: u32 = 52;
 
@@ -77,7 +85,8 @@ impl Caps {
             memslots: ask(KVM_CAP_NR_MEMSLOTS)?,
             address_spaces: ask(KVM_CAP_MULTI_ADDRESS_SPACE)?.max(1),
             gpa_bits: physical_address_bits(),
-            nested_paging: pre_fault || (release < PRE_FAULT && has_nested_paging(kernel)),
+            // Before that release the number means something else, where it means anything.
+            nested_paging: if release < PRE_FAULT { has_nested_paging(kernel) } else { pre_fault },
             user_memory2: ask(KVM_CAP_USER_MEMORY2)? != 0,
             hva_end: kernel.user_addresses_end(),
             vm_type: 0,
@@ -88,6 +97,18 @@ impl Caps {
     /// Whether the VM has private memory: of type SW_PROTECTED, SNP or TDX.
     pub fn has_private_memory(&self) -> bool {
         self.memory_attributes & MEMORY_ATTRIBUTE_PRIVATE != 0
+    }
+
+    /// Refuses a type that these capabilities cannot be of.
+    pub fn check_type(&self, vm_type: u32) -> Result<()> {
+        let is_made = vm_type == 0 || self.vm_types.checked_shr(vm_type).unwrap_or(0) & 1 != 0;
+        let has_private = matches!(vm_type, KVM_X86_SW_PROTECTED_VM | KVM_X86_SNP_VM | KVM_X86_TDX_VM);
+        // Who says nothing says 0.
+        if is_made && (vm_type == 0 || has_private == self.has_private_memory()) {
+            return Ok(());
+        }
+        Err(Error::invalid(Reason::BadValue, format!("this VM is not of type {vm_type}"))
+            .hint("pass the type that KVM_CREATE_VM was given (KVM_X86_*), or 0"))
     }
 
     /// The most bits of a gpa that KVM takes for a memslot.

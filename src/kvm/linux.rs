@@ -12,8 +12,8 @@ use crate::range::{HUGE, PAGE, Range};
 use libc::{c_int, c_void};
 use once_cell::sync::OnceCell;
 use std::fs::File;
-use std::io::Read;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::AtomicU32;
 use std::time::Duration;
 
@@ -68,6 +68,7 @@ pub fn block_asynchronous_signals() -> impl Drop {
 #[derive(Default)]
 pub struct Linux {
     maps: OnceCell<File>,
+    smaps: OnceCell<File>,
     pagemap: OnceCell<File>,
     release: OnceCell<[u32; 3]>,
 }
@@ -77,11 +78,37 @@ const HUGE_ZERO_PAGE_BECOMES_HUGE: [u32; 3] = [6, 13, 0];
 /// `PR_THP_DISABLE_EXCEPT_ADVISED`, as `PR_GET_THP_DISABLE` returns it.
 const THP_DISABLED_EXCEPT_ADVISED: c_int = 3;
 
+const MAPS: &str = "/proc/self/maps";
+const SMAPS: &str = "/proc/self/smaps";
+const PAGEMAP: &str = "/proc/self/pagemap";
+
 /// Room for a mapping's name, in bytes.
 const MAPPING_NAME: usize = 256;
 
 fn open(path: &str) -> Sys<File> {
     File::open(path).map_err(|error| Errno(error.raw_os_error().unwrap_or(libc::EIO)))
+}
+
+/// Refuses what is no descriptor, or only names a file (O_PATH), which is none to KVM, nor to whatever files are for.
+fn check_open(fd: RawFd) -> Sys<()> {
+    // SAFETY: asks for flags.
+    match check(unsafe { libc::fcntl(fd, libc::F_GETFL) })? & libc::O_PATH {
+        0 => Ok(()),
+        _ => Err(Errno(libc::EBADF)),
+    }
+}
+
+/// The whole content of a file, of whose position nothing is known: many may read it at once.
+fn read_from_start(file: &File) -> Sys<Vec<u8>> {
+    let (mut bytes, mut part) = (Vec::new(), [0; 4096]);
+    loop {
+        match file.read_at(&mut part, bytes.len() as u64) {
+            Ok(0) => return Ok(bytes),
+            Ok(n) => bytes.extend_from_slice(&part[..n]),
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(Errno(error.raw_os_error().unwrap_or(libc::EIO))),
+        }
+    }
 }
 
 /// Whether the kernel just said that it does not know this request.
@@ -119,8 +146,9 @@ impl Linux {
     /// of them, when it drops its privileges.
     pub fn with_open_files() -> Self {
         let linux = Self::default();
-        let _ = linux.maps.get_or_try_init(|| open("/proc/self/maps"));
-        let _ = linux.pagemap.get_or_try_init(|| open("/proc/self/pagemap"));
+        let _ = linux.maps.get_or_try_init(|| open(MAPS));
+        let _ = linux.smaps.get_or_try_init(|| open(SMAPS));
+        let _ = linux.pagemap.get_or_try_init(|| open(PAGEMAP));
         linux
     }
 
@@ -129,7 +157,7 @@ impl Linux {
     }
 
     fn mapping_by_query(&self, hva: u64) -> Sys<Option<Mapping>> {
-        let file = self.maps.get_or_try_init(|| open("/proc/self/maps"))?;
+        let file = self.maps.get_or_try_init(|| open(MAPS))?;
         let mut name = [0u8; MAPPING_NAME];
         let mut query = procmap_query {
             size: size_of::<procmap_query>() as u64,
@@ -162,19 +190,20 @@ impl Linux {
             offset: query.vma_offset,
             writable: query.vma_flags & PROCMAP_QUERY_VMA_WRITABLE != 0,
             shared: query.vma_flags & PROCMAP_QUERY_VMA_SHARED != 0,
+            on_mount: maps::is_on_mount(&name, query.inode),
             page_size: query.vma_page_size,
             object: maps::object(&name, query.inode, query.vma_page_size),
         }))
     }
 
     fn read_mappings(&self) -> Sys<Vec<Mapping>> {
-        Ok(maps::parse(&self.read_file("/proc/self/maps")?))
+        Ok(maps::parse(&self.read_file(MAPS)?))
     }
 
     /// The first run of pages in `[start, end)` of those categories: all of `mask`, but none of `without`, which it
     /// holds too, and one of `any` at least.
     fn scan(&self, start: u64, end: u64, mask: u64, without: u64, any: u64) -> Sys<Option<(u64, u64)>> {
-        let pagemap = self.pagemap.get_or_try_init(|| open("/proc/self/pagemap"))?;
+        let pagemap = self.pagemap.get_or_try_init(|| open(PAGEMAP))?;
         let mut region = page_region::default();
         let mut scan = pm_scan_arg {
             size: size_of::<pm_scan_arg>() as u64,
@@ -202,7 +231,7 @@ impl Linux {
     }
 
     fn resident_by_pagemap(&self, start: u64, end: u64) -> Sys<Option<(u64, u64)>> {
-        let pagemap = self.pagemap.get_or_try_init(|| open("/proc/self/pagemap"))?;
+        let pagemap = self.pagemap.get_or_try_init(|| open(PAGEMAP))?;
         let mut run: Option<(u64, u64)> = None;
         let mut words = [0u64; 64];
         let mut at = start;
@@ -309,11 +338,7 @@ impl Kernel for Linux {
     }
 
     fn file_status(&self, fd: RawFd) -> Sys<FileStatus> {
-        // A descriptor that only names a file (O_PATH) is none to KVM, nor to whatever else files are for.
-        // SAFETY: asks for flags.
-        if check(unsafe { libc::fcntl(fd, libc::F_GETFL) })? & libc::O_PATH != 0 {
-            return Err(Errno(libc::EBADF));
-        }
+        check_open(fd)?;
         // SAFETY: fstat fills the structure, or fails and it is not read.
         let stat = unsafe {
             let mut stat: libc::stat = std::mem::zeroed();
@@ -329,6 +354,7 @@ impl Kernel for Linux {
 
     fn is_guest_memfd(&self, fd: RawFd) -> Option<bool> {
         use std::io::Write;
+        check_open(fd).ok()?;
         let mut path = [0u8; 32];
         write!(&mut path[..31], "/proc/self/fd/{fd}").ok()?;
         let mut name = [0u8; MAPPING_NAME];
@@ -384,6 +410,9 @@ impl Kernel for Linux {
     }
 
     fn can_map_guest_memfd(&self, fd: RawFd) -> bool {
+        if self.is_guest_memfd(fd) != Some(true) {
+            return false;
+        }
         // SAFETY: a fresh mapping without access, at an address of the kernel's choice, that is taken away at once.
         unsafe {
             let page =
@@ -410,11 +439,13 @@ impl Kernel for Linux {
     }
 
     fn read_file(&self, path: &str) -> Sys<String> {
-        let mut text = String::new();
-        open(path)?
-            .read_to_string(&mut text)
-            .map_err(|error| Errno(error.raw_os_error().unwrap_or(libc::EIO)))?;
-        Ok(text)
+        let bytes = match path {
+            MAPS => read_from_start(self.maps.get_or_try_init(|| open(MAPS))?)?,
+            SMAPS => read_from_start(self.smaps.get_or_try_init(|| open(SMAPS))?)?,
+            _ => read_from_start(&open(path)?)?,
+        };
+        // A mapped file may have any name.
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 
     fn wait(&self, word: &AtomicU32, seen: u32, timeout: Duration) -> Sys<()> {
@@ -480,7 +511,9 @@ mod tests {
     #[test]
     fn a_handle_need_not_open_files_later() {
         let kernel = Linux::with_open_files();
-        assert!(kernel.maps.get().is_some() && kernel.pagemap.get().is_some());
+        assert!(
+            kernel.maps.get().is_some() && kernel.smaps.get().is_some() && kernel.pagemap.get().is_some()
+        );
     }
 
     #[test]

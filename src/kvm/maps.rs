@@ -35,11 +35,18 @@ pub fn object(name: &str, inode: u64, page_size: u64) -> MappedObject {
         MappedObject::GuestMemfd
     } else if inode == 0 {
         MappedObject::Anonymous
-    } else if ["/memfd:", "/dev/zero", "/dev/shm/", "/SYSV"].iter().any(|start| name.starts_with(start)) {
+    } else if !is_on_mount(name, inode) || name.starts_with("/dev/shm/") {
         MappedObject::Shmem
     } else {
         MappedObject::File
     }
+}
+
+/// Whether a mapping of that name and inode is of a file that somebody has put somewhere, and not of shared memory that
+/// has no place in any file system.
+pub fn is_on_mount(name: &str, inode: u64) -> bool {
+    let placeless = ["/memfd:", "/dev/zero", "/SYSV", "[anon_shmem:"];
+    inode != 0 && !placeless.iter().any(|start| name.starts_with(start))
 }
 
 /// Whether that is how the kernel names a guest_memfd.
@@ -74,6 +81,7 @@ fn parse_line(line: &str) -> Option<Mapping> {
         offset,
         writable: permissions.as_bytes().get(1) == Some(&b'w'),
         shared: permissions.as_bytes().get(3) == Some(&b's'),
+        on_mount: is_on_mount(name, inode),
         page_size,
         object: object(name, inode, page_size),
     })
@@ -103,6 +111,7 @@ mod tests {
         assert_eq!(at(0x7f00_0040_0000).object, MappedObject::File);
         assert_eq!(at(0x7f00_0040_0000).offset, 0x1000);
         assert_eq!(at(0x7f00_0040_1000).object, MappedObject::GuestMemfd);
+        assert!(at(0x7f00_0040_0000).on_mount && !at(0x7f00_0000_3fff).on_mount);
         assert_eq!(find(&all, 0x7f00_0040_2000), None);
     }
 }

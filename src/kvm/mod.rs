@@ -115,6 +115,8 @@ pub struct Mapping {
     pub writable: bool,
     /// `MAP_SHARED`.
     pub shared: bool,
+    /// A file on a mount, whose huge pages are that mount's affair; memfds and their like are on none.
+    pub on_mount: bool,
     /// Bytes in a page of it; 0 where the kernel does not say.
     pub page_size: u64,
     /// What lies behind.
@@ -196,7 +198,8 @@ pub trait Kernel: Send + Sync {
     fn file_kind(&self, fd: RawFd) -> Sys<FileKind>;
     /// Which file it is and how large.
     fn file_status(&self, fd: RawFd) -> Sys<FileStatus>;
-    /// Whether a descriptor is a guest_memfd; `None` where that cannot be seen. Allocates nothing.
+    /// Whether a descriptor is a guest_memfd; `None` where that cannot be seen, or it is not open. Allocates nothing, and
+    /// waits for no file system.
     fn is_guest_memfd(&self, _fd: RawFd) -> Option<bool> {
         None
     }

@@ -26,19 +26,33 @@ pub fn anonymous(kernel: &dyn Kernel) -> Policy {
     for_this_process(kernel, policy)
 }
 
-/// The policy for shared memory and memfds; a tmpfs mount has its own.
+/// The policy for shared memory and memfds.
 pub fn shmem(kernel: &dyn Kernel) -> Policy {
-    let policy = match setting(kernel, "shmem_enabled").as_deref() {
-        // These two are above all others.
-        Some("deny") => Policy::Never,
-        Some("force") => Policy::Always,
-        _ => match for_2m(kernel, "shmem_enabled").as_deref() {
+    let policy = match above_all(kernel) {
+        Some(policy) => policy,
+        None => match for_2m(kernel, "shmem_enabled").as_deref() {
             Some("always" | "within_size") => Policy::Always,
             Some("advise") => Policy::Advised,
             _ => Policy::Never,
         },
     };
     for_this_process(kernel, policy)
+}
+
+/// The policy for files on a tmpfs mount: the mount's own, which is known by its effect alone. `is_eligible`: whether the
+/// kernel says of a mapping that it may have huge pages.
+pub fn tmpfs(kernel: &dyn Kernel, is_eligible: bool) -> Policy {
+    let of_mount = if is_eligible { Policy::Always } else { Policy::Never };
+    for_this_process(kernel, above_all(kernel).unwrap_or(of_mount))
+}
+
+/// The settings that are above those of sizes and mounts.
+fn above_all(kernel: &dyn Kernel) -> Option<Policy> {
+    match setting(kernel, "shmem_enabled").as_deref() {
+        Some("deny") => Some(Policy::Never),
+        Some("force") => Some(Policy::Always),
+        _ => None,
+    }
 }
 
 fn for_this_process(kernel: &dyn Kernel, policy: Policy) -> Policy {

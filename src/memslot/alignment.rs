@@ -11,7 +11,9 @@
 //! The first proposal of all, that the offset be aligned no less than the gpa, is not here: it refuses what is harmless,
 //! a slot at 4 GiB with its memory at offset 2 GiB. A breach is told, and whether it is an error is for the caller.
 
-use super::{Memslot, host};
+use super::Memslot;
+use super::check::Change;
+use super::host::Occasion;
 use crate::error::{Error, Reason, Result, Stage};
 use crate::kvm::{Kernel, Region};
 use crate::level::Level;
@@ -41,18 +43,18 @@ pub struct Demand {
 }
 
 impl Demand {
-    /// How a slot stands to the rule; asks the kernel about its memory.
-    pub fn measure(&self, kernel: &dyn Kernel, slot: &Memslot) -> Result<Alignment> {
-        let kind = host::kind(kernel, slot, slot.region.hva)?;
-        Ok(measure(self.rule, &slot.region, slot.has_guest_memfd(), kind.largest))
-    }
-
-    /// Refuses a breach, if that is demanded.
-    pub fn check(&self, kernel: &dyn Kernel, slot: &Memslot) -> Result<()> {
-        if !self.strict || slot.range().is_none() {
+    /// Refuses a breach, if that is demanded, of a slot that is made or moved: what is there already may change its flags
+    /// and go. The kernel is asked about the slot's memory only where the rule is about it.
+    pub fn check(&self, kernel: &dyn Kernel, slot: &Memslot, change: Change) -> Result<()> {
+        if !self.strict || !matches!(change, Change::Create | Change::Move) {
             return Ok(());
         }
-        self.measure(kernel, slot)?.require(&slot.region)
+        let backing = match self.rule {
+            Rule::Congruent => Occasion::now(kernel)?.kind(slot, slot.region.hva)?.largest,
+            Rule::Kernel | Rule::Size | Rule::Slot => Level::K4,
+        };
+        let alignment = measure(self.rule, &slot.region, slot.has_guest_memfd(), backing);
+        alignment.breach(&slot.region).map_or(Ok(()), |breach| Err(breach.into_error(&slot.region)))
     }
 }
 
@@ -117,35 +119,43 @@ fn slot_level(region: &Region) -> Level {
     Level::DOWNWARDS.into_iter().find(allows).unwrap_or(Level::K4)
 }
 
+/// What breaks a rule, and what would keep it, in words.
+#[derive(Clone, Debug)]
+pub struct Breach {
+    /// What is wrong.
+    pub message: String,
+    /// What to do.
+    pub hint: String,
+}
+
 impl Alignment {
-    /// Makes a breach an error.
-    pub fn require(&self, region: &Region) -> Result<()> {
+    /// What breaks the rule; `None` where nothing does.
+    pub fn breach(&self, region: &Region) -> Option<Breach> {
         let level = self.level;
-        let (message, hint) = if self.hva_breach {
-            (
-                format!(
-                    "gpa {:#x} and hva {:#x} differ modulo {level}, so the memslot cannot have pages of that size",
-                    region.gpa, region.hva
+        if self.hva_breach {
+            let (gpa, hva) = (region.gpa, region.hva);
+            return Some(Breach {
+                message: format!(
+                    "gpa {gpa:#x} and hva {hva:#x} differ modulo {level}, so the memslot cannot have pages of that size"
                 ),
-                hva_hint(region, level),
-            )
-        } else if self.offset_breach {
-            (
-                format!(
-                    "guest_memfd offset {:#x} is not a multiple of {level}, which the slot allows",
-                    region.guest_memfd_offset
-                ),
-                format!("use an offset {:#x} higher, or a smaller slot", self.offset_shift),
-            )
-        } else {
-            return Ok(());
-        };
-        let error = Error::invalid(Reason::MemslotMisaligned, message).hint(hint);
-        let error = error.stage(Stage::Memslot).slot(region.slot);
-        Err(match Range::new(region.gpa, region.size) {
-            Some(range) => error.range(range),
-            None => error,
+                hint: hva_hint(region, level),
+            });
+        }
+        self.offset_breach.then(|| Breach {
+            message: format!(
+                "guest_memfd offset {:#x} is not a multiple of {level}, which the rule holds it to",
+                region.guest_memfd_offset
+            ),
+            hint: format!("use an offset {:#x} higher, or a smaller slot", self.offset_shift),
         })
+    }
+}
+
+impl Breach {
+    fn into_error(self, region: &Region) -> Error {
+        let error = Error::invalid(Reason::MemslotMisaligned, self.message).hint(self.hint);
+        let range = Range::new(region.gpa, region.size);
+        Error { range, ..error.stage(Stage::Memslot).slot(region.slot) }
     }
 }
 
@@ -177,7 +187,7 @@ mod tests {
     /// Whether each rule takes it: kernel, congruent, size, slot.
     fn verdicts(region: &Region, backing: Level) -> [bool; 4] {
         [Rule::Kernel, Rule::Congruent, Rule::Size, Rule::Slot]
-            .map(|rule| measure(rule, region, true, backing).require(region).is_ok())
+            .map(|rule| measure(rule, region, true, backing).breach(region).is_none())
     }
 
     #[test]
@@ -284,7 +294,8 @@ mod tests {
     #[test]
     fn the_error_says_where_the_memory_would_have_to_be() {
         let region = region(4 * G + M, 64 * M, BLOCK + K, 0);
-        let error = measure(Rule::Congruent, &region, true, Level::M2).require(&region).unwrap_err();
+        let breach = measure(Rule::Congruent, &region, true, Level::M2).breach(&region).unwrap();
+        let error = breach.into_error(&region);
         assert_eq!((error.errno, error.reason), (libc::EINVAL, Reason::MemslotMisaligned));
         assert_eq!(
             error.hint,

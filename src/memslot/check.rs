@@ -8,7 +8,7 @@
 use super::{Memslot, SlotId, Slots, address_space, slot_number};
 use crate::error::{Error, Reason, Result, Stage};
 use crate::kvm::caps::Caps;
-use crate::kvm::{FileStatus, Kernel, MEM_GUEST_MEMFD, MEM_LOG_DIRTY_PAGES, MEM_READONLY};
+use crate::kvm::{Errno, FileStatus, Kernel, MEM_GUEST_MEMFD, MEM_LOG_DIRTY_PAGES, MEM_READONLY};
 use crate::range::{PAGE, Range};
 
 /// What setting a slot would do.
@@ -32,10 +32,41 @@ pub enum Change {
 pub struct Verdict {
     /// What setting it would do.
     pub change: Change,
-    /// Whether the descriptor could not be seen to be a guest_memfd.
-    pub gmem_kind_unknown: bool,
-    /// Whether it remains to be seen if the guest_memfd is this VM's.
-    pub gmem_owner_unknown: bool,
+    /// The guest_memfd that it would be bound to. Whether that is this VM's remains to be seen.
+    pub binds: Option<Binding>,
+}
+
+/// A guest_memfd that a slot would be bound to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Binding {
+    /// Which file, and how large.
+    pub file: FileStatus,
+    /// Whether it was seen to be a guest_memfd.
+    pub is_certain: bool,
+}
+
+/// What a slot's descriptor turned out to be.
+#[derive(Clone, Copy, Debug)]
+pub enum Descriptor {
+    /// None that is open.
+    Closed(Errno),
+    /// Of another kind of file.
+    Foreign,
+    /// A guest_memfd, as far as can be seen.
+    Usable(Binding),
+}
+
+/// Looks at the descriptor of a slot with a guest_memfd. Of another kind of file it asks nothing that could wait.
+pub fn look(kernel: &dyn Kernel, slot: &Memslot) -> Option<Descriptor> {
+    let fd = (slot.has_guest_memfd() && slot.region.size != 0).then_some(slot.region.guest_memfd)?;
+    let is_one = kernel.is_guest_memfd(fd);
+    if is_one == Some(false) {
+        return Some(Descriptor::Foreign);
+    }
+    Some(match kernel.file_status(fd) {
+        Ok(file) => Descriptor::Usable(Binding { file, is_certain: is_one.is_some() }),
+        Err(errno) => Descriptor::Closed(errno),
+    })
 }
 
 /// The most pages of a slot (`KVM_MEM_MAX_NR_PAGES`).
@@ -47,15 +78,20 @@ const BOUND_IS_FOUND_LAST: [u32; 3] = [7, 3, 0];
 
 /// One slot about to be set in one VM.
 struct Check<'a> {
-    kernel: &'a dyn Kernel,
     caps: &'a Caps,
     slots: &'a dyn Slots,
     slot: &'a Memslot,
+    descriptor: Option<Descriptor>,
 }
 
-/// Holds `slot` against the rules of the kernel that `caps` were asked of, beside `slots`.
-pub fn check(kernel: &dyn Kernel, caps: &Caps, slots: &dyn Slots, slot: &Memslot) -> Result<Verdict> {
-    Check { kernel, caps, slots, slot }.run().map_err(|error| {
+/// Holds `slot`, whose descriptor was looked at, against the rules of the kernel that `caps` were asked of, beside `slots`.
+pub fn check(
+    caps: &Caps,
+    slots: &dyn Slots,
+    slot: &Memslot,
+    descriptor: Option<Descriptor>,
+) -> Result<Verdict> {
+    Check { caps, slots, slot, descriptor }.run().map_err(|error| {
         let error = error.stage(Stage::Memslot).slot(slot.id());
         match slot.range() {
             Some(range) if error.range.is_none() => error.range(range),
@@ -77,23 +113,15 @@ impl Check<'_> {
         if matches!(change, Change::Create | Change::Move) {
             check_overlap(self.slots, self.slot).map_err(|error| self.explain_internal(error))?;
         }
-        let mut verdict = Verdict { change, gmem_kind_unknown: false, gmem_owner_unknown: false };
-        let binding = if change == Change::Create && self.slot.has_guest_memfd() {
-            verdict.gmem_owner_unknown = true;
-            let (file, is_certain) = self.guest_memfd()?;
-            verdict.gmem_kind_unknown = !is_certain;
-            Some(file)
-        } else {
-            None
-        };
+        let binds = if change == Change::Create { self.guest_memfd()? } else { None };
         if self.caps.release < BOUND_IS_FOUND_LAST {
-            self.binding(binding)?;
+            self.is_bound(binds)?;
+            self.guest_addresses(change)?;
+        } else {
+            self.guest_addresses(change)?;
+            self.is_bound(binds)?;
         }
-        if matches!(change, Change::Create | Change::Move) {
-            self.guest_addresses()?;
-        }
-        self.binding(binding)?;
-        Ok(verdict)
+        Ok(Verdict { change, binds })
     }
 
     /// A guest_memfd needs the second version of the ioctl.
@@ -116,7 +144,10 @@ impl Check<'_> {
         }
         Err(Error::invalid(
             Reason::MemslotNumber,
-            format!("memslot number {number} is not below {}, what this kernel has", self.caps.memslots),
+            format!(
+                "memslot number {number:#x} is too large: numbers end below {:#x} here",
+                self.caps.memslots
+            ),
         )
         .hint("use numbers below kvmprep_caps.memslots; the address space goes into the upper 16 bits"))
     }
@@ -171,9 +202,9 @@ impl Check<'_> {
         }
         Err(Error::invalid(
             Reason::MemslotNumber,
-            format!("address space {space} is not below {}, what this VM has", self.caps.address_spaces),
+            format!("address space {space} is none of the {} that this VM has", self.caps.address_spaces),
         )
-        .hint("VMs with private memory have no SMM and so one address space (kvmprep_caps.address_spaces)"))
+        .hint("use one below kvmprep_caps.address_spaces: 1 is SMM's, which VMs with private memory do not have"))
     }
 
     /// What would happen to the slot of that number, which must exist to go and may change in few things.
@@ -211,8 +242,9 @@ impl Check<'_> {
     }
 
     /// What KVM can map: below the host's width, without the bit that is no address.
-    fn guest_addresses(&self) -> Result<()> {
-        let Some(range) = self.slot.range() else { return Ok(()) };
+    fn guest_addresses(&self, change: Change) -> Result<()> {
+        let places = matches!(change, Change::Create | Change::Move);
+        let Some(range) = self.slot.range().filter(|_| places) else { return Ok(()) };
         let last = range.end - PAGE;
         let bits = self.caps.memslot_gpa_bits();
         if bits < 64 && last >> bits != 0 {
@@ -223,7 +255,7 @@ impl Check<'_> {
                     range.end
                 ),
             )
-            .hint("keep guest memory below the host's physical address width (kvmprep_caps.gpa_bits)"));
+            .hint(format!("keep guest memory below {:#x}", 1u64 << bits)));
         }
         if last & self.caps.gpa_shared_bit != 0 {
             return Err(Error::invalid(
@@ -241,52 +273,58 @@ impl Check<'_> {
     /// KVM's own slots have no names that a VMM would know.
     fn explain_internal(&self, error: Error) -> Error {
         match error.other_slot.and_then(|other| internal_name(self.caps, other)) {
-            Some(name) => error.hint(format!(
-                "{name} is there: keep clear of it, or move it (KVM_SET_TSS_ADDR, KVM_SET_IDENTITY_MAP_ADDR)"
-            )),
+            Some((name, remedy)) => error.hint(format!("{name} is there: {remedy}")),
             None => error,
         }
     }
 
-    /// The file to be bound, and whether it was seen to be a guest_memfd.
-    fn guest_memfd(&self) -> Result<(FileStatus, bool)> {
+    /// The file to be bound.
+    fn guest_memfd(&self) -> Result<Option<Binding>> {
         let region = &self.slot.region;
         let fd = region.guest_memfd;
-        let status = self.kernel.file_status(fd).map_err(|errno| {
-            Error::new(
-                libc::EBADF,
-                Reason::BadFd,
-                format!("guest_memfd is {fd}, which is no descriptor: {errno}"),
-            )
-            .hint("pass what KVM_CREATE_GUEST_MEMFD returned, while it is open")
-        })?;
-        let is_one = self.kernel.is_guest_memfd(fd);
-        if is_one == Some(false) {
-            return Err(Error::invalid(Reason::GmemNotOne, format!("descriptor {fd} is not a guest_memfd"))
+        let binding = match self.descriptor {
+            None => return Ok(None),
+            Some(Descriptor::Usable(binding)) => binding,
+            Some(Descriptor::Closed(errno)) if errno.0 == libc::EBADF => {
+                return Err(Error::new(
+                    libc::EBADF,
+                    Reason::BadFd,
+                    format!("guest_memfd is {fd}, which is no open descriptor"),
+                )
+                .hint("pass what KVM_CREATE_GUEST_MEMFD returned, while it is open"));
+            }
+            Some(Descriptor::Closed(errno)) => {
+                return Err(Error::kernel(errno, "looking at the guest_memfd"));
+            }
+            Some(Descriptor::Foreign) => {
+                return Err(Error::invalid(
+                    Reason::GmemNotOne,
+                    format!("descriptor {fd} is not a guest_memfd"),
+                )
                 .hint("pass what KVM_CREATE_GUEST_MEMFD returned"));
-        }
-        let end = region.guest_memfd_offset.saturating_add(region.size);
+            }
+        };
+        let (end, length) = (region.guest_memfd_offset.saturating_add(region.size), binding.file.length);
         // Before Linux 7.2 the kernel's own sum wraps where it comes to 2^63, and it binds what no file has. Not here.
-        if end > status.length {
+        if end > length {
             return Err(Error::invalid(
                 Reason::GmemTooShort,
-                format!(
-                    "the memslot needs guest_memfd {fd} up to {end:#x}, and it has {:#x} bytes",
-                    status.length
-                ),
+                format!("the memslot needs guest_memfd {fd} up to {end:#x}, and it has {length:#x} bytes"),
             )
-            .hint("make the guest_memfd larger, or check the offset"));
+            .hint(format!(
+                "make a new guest_memfd of {end:#x} bytes at least (none can grow), or check the offset"
+            )));
         }
-        Ok((status, is_one.is_some()))
+        Ok(Some(binding))
     }
 
     /// No byte of a guest_memfd is in two slots.
-    fn binding(&self, file: Option<FileStatus>) -> Result<()> {
+    fn is_bound(&self, binds: Option<Binding>) -> Result<()> {
         let errno = if self.caps.release < BOUND_IS_EEXIST { libc::EINVAL } else { libc::EEXIST };
-        let Some(file) = file else { return Ok(()) };
+        let Some(Binding { file, .. }) = binds else { return Ok(()) };
         let region = &self.slot.region;
         let Some(part) = Range::new(region.guest_memfd_offset, region.size) else { return Ok(()) };
-        let Some(other) = self.slots.bound(self.kernel, file.id, part) else { return Ok(()) };
+        let Some(other) = self.slots.bound(file.id, part) else { return Ok(()) };
         Err(Error::new(
             errno,
             Reason::GmemBound,
@@ -314,7 +352,7 @@ pub fn check_page_count(slot: &Memslot) -> Result<()> {
 
 fn absent(slot: SlotId) -> Error {
     Error::invalid(Reason::MemslotAbsent, format!("there is no memslot {slot:#x} to delete"))
-        .hint("check the number; a handle must be told of every slot there is (kvmprep_memslot_note)")
+        .hint("check the number, and that the slot was listed, or noted (kvmprep_memslot_note)")
 }
 
 /// No two slots of an address space overlap: an error names the other slot.
@@ -330,15 +368,15 @@ pub fn check_overlap(slots: &dyn Slots, slot: &Memslot) -> Result<()> {
     .slot(slot.id())
     .other_slot(other)
     .range(range)
-    .hint("delete or move the other slot first, and note it (kvmprep_memslot_note)"))
+    .hint("delete or move the other slot first; a handle must be told of it (kvmprep_memslot_note)"))
 }
 
 /// The slots that KVM makes for itself have the numbers behind the last.
-fn internal_name(caps: &Caps, slot: SlotId) -> Option<&'static str> {
+fn internal_name(caps: &Caps, slot: SlotId) -> Option<(&'static str, &'static str)> {
     match slot_number(slot).checked_sub(caps.memslots)? {
-        0 => Some("KVM's APIC access page"),
-        1 => Some("KVM's task state segment"),
-        2 => Some("KVM's identity map"),
+        0 => Some(("KVM's APIC access page", "keep clear of it")),
+        1 => Some(("KVM's task state segment", "keep clear of it, or move it (KVM_SET_TSS_ADDR)")),
+        2 => Some(("KVM's identity map", "keep clear of it, or move it (KVM_SET_IDENTITY_MAP_ADDR)")),
         _ => None,
     }
 }

@@ -3,13 +3,14 @@
 //! It says what a population would find: pages that are there as they are, and for what is not there yet the size that
 //! the kernel would choose. It asks and changes nothing. A promise it is not: the kernel may find no huge page free.
 
+use super::Memslot;
 use super::prediction::Limit;
-use super::{Backing, Memslot};
 use crate::error::{Error, Result};
 use crate::kvm::thp::{self, Policy};
 use crate::kvm::{Errno, Kernel, MappedObject, Mapping, Mappings, Smaps, Sys};
 use crate::level::Level;
 use crate::range::{PAGE, Range};
+use std::cell::Cell;
 
 /// A stretch of this process's memory whose pages are of one size at most.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,14 +29,6 @@ pub struct HostMemory {
     runs: Vec<Run>,
 }
 
-/// Whoever asks about one slot's memory, on one occasion.
-struct Survey<'a> {
-    kernel: &'a dyn Kernel,
-    smaps: Smaps<'a>,
-    backing: Option<Backing>,
-    runs: Vec<Run>,
-}
-
 /// What kind of memory lies behind a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Kind {
@@ -47,62 +40,94 @@ pub struct Kind {
     pub is_guest_memfd: bool,
 }
 
-/// What lies behind `slot` at `hva`: by the VMM's word, else by the kernel's.
-pub fn kind(kernel: &dyn Kernel, slot: &Memslot, hva: u64) -> Result<Kind> {
-    let mappings = Mappings::now(kernel).map_err(looking_up)?;
-    let mapping = mappings.at(hva).map_err(looking_up)?.filter(|mapping| mapping.start <= hva);
-    let smaps = Smaps::new(kernel);
-    let found = mapping.map(|mapping| object_of(&smaps, &mapping));
-    let object = slot.backing.map(|backing| backing.object).or(found).unwrap_or(MappedObject::Anonymous);
-    let largest = match object {
-        MappedObject::Anonymous | MappedObject::Shmem => Level::M2,
-        MappedObject::Hugetlb => mapping.map_or(Level::M2, |mapping| hugetlb_level(&smaps, &mapping)),
-        MappedObject::File | MappedObject::GuestMemfd => Level::K4,
-    };
-    Ok(Kind { object, largest, is_guest_memfd: found == Some(MappedObject::GuestMemfd) })
+/// This process's memory on one occasion: what is looked up is looked up once. Not to be kept, since mappings change.
+pub struct Occasion<'a> {
+    kernel: &'a dyn Kernel,
+    mappings: Mappings<'a>,
+    smaps: Smaps<'a>,
+    /// How many frames of file caches may still be looked at.
+    cache_looks: Cell<u64>,
 }
 
-/// What is mapped. Before Linux 6.11 the kernel does not tell the page size beside the name, and by its name a file of
-/// huge pages may be any other: a memfd, above all.
-fn object_of(smaps: &Smaps<'_>, mapping: &Mapping) -> MappedObject {
-    let is_of_huge_pages = || smaps.at(mapping.start).is_some_and(|entry| entry.page_size > PAGE);
-    match mapping.object {
-        MappedObject::Shmem | MappedObject::File if mapping.page_size == 0 && is_of_huge_pages() => {
-            MappedObject::Hugetlb
-        }
-        object => object,
-    }
-}
+/// At most this much of file caches is looked at, in frames of 2 MiB: 64 GiB, since each takes a system call.
+const MOST_CACHE_LOOKS: u64 = 1 << 15;
 
-fn hugetlb_level(smaps: &Smaps<'_>, mapping: &Mapping) -> Level {
-    let size = match mapping.page_size {
-        0 => smaps.at(mapping.start).map_or(Level::M2.bytes(), |entry| entry.page_size),
-        size => size,
-    };
-    Level::within(size)
-}
-
-fn looking_up(errno: Errno) -> Error {
-    Error::kernel(errno, "looking up the slot's mapping")
-}
-
-impl HostMemory {
-    /// Looks at `part` of this process's memory, which lies behind `slot`.
-    pub fn survey(kernel: &dyn Kernel, slot: &Memslot, part: Range) -> Result<Self> {
+impl<'a> Occasion<'a> {
+    /// Now.
+    pub fn now(kernel: &'a dyn Kernel) -> Result<Self> {
         let mappings = Mappings::now(kernel).map_err(looking_up)?;
-        let mut survey =
-            Survey { kernel, smaps: Smaps::new(kernel), backing: slot.backing, runs: Vec::new() };
+        Ok(Self { kernel, mappings, smaps: Smaps::new(kernel), cache_looks: Cell::new(MOST_CACHE_LOOKS) })
+    }
+
+    /// What lies behind `slot` at `hva`: by the VMM's word, else by the kernel's.
+    pub fn kind(&self, slot: &Memslot, hva: u64) -> Result<Kind> {
+        let mapping = self.mappings.at(hva).map_err(looking_up)?.filter(|mapping| mapping.start <= hva);
+        let found = mapping.map(|mapping| self.object_of(slot, &mapping));
+        let object = slot.backing.map(|backing| backing.object).or(found).unwrap_or(MappedObject::Anonymous);
+        let largest_of = |object| match object {
+            MappedObject::Anonymous | MappedObject::Shmem => Level::M2,
+            MappedObject::Hugetlb => mapping.map_or(Level::M2, |mapping| self.hugetlb_level(&mapping)),
+            MappedObject::File | MappedObject::GuestMemfd => Level::K4,
+        };
+        // A wrong word must not hide what is there.
+        let largest = largest_of(object).max(found.map_or(Level::K4, largest_of));
+        Ok(Kind { object, largest, is_guest_memfd: found == Some(MappedObject::GuestMemfd) })
+    }
+
+    /// Looks at `part` of this process's memory, which lies behind `slot`.
+    pub fn survey(&self, slot: &Memslot, part: Range) -> Result<HostMemory> {
+        let mut survey = Survey { occasion: self, slot, runs: Vec::new() };
         let mut at = part.start;
         while at < part.end {
-            let Some(mapping) = mappings.at(at).map_err(looking_up)? else { break };
+            let Some(mapping) = self.mappings.at(at).map_err(looking_up)? else { break };
             let whole = Range { start: mapping.start, end: mapping.end };
             let Some(found) = whole.intersect(&part) else { break };
             survey.add(&mapping, found).map_err(looking_up)?;
             at = mapping.end;
         }
-        Ok(Self { runs: survey.runs })
+        Ok(HostMemory { runs: survey.runs })
     }
 
+    /// What is mapped. A file's own system knows better than its name tells. Before Linux 6.11 the kernel does not tell
+    /// the page size beside the name, and by its name a file of huge pages may be any other: a memfd, above all.
+    fn object_of(&self, slot: &Memslot, mapping: &Mapping) -> MappedObject {
+        let is_of_huge_pages = || self.smaps.at(mapping.start).is_some_and(|entry| entry.page_size > PAGE);
+        if !matches!(mapping.object, MappedObject::Shmem | MappedObject::File) {
+            return mapping.object;
+        }
+        match slot.file.and_then(|(fd, _)| self.kernel.file_kind(fd).ok()) {
+            Some(kind) => kind.object,
+            None if mapping.page_size == 0 && is_of_huge_pages() => MappedObject::Hugetlb,
+            None => mapping.object,
+        }
+    }
+
+    fn hugetlb_level(&self, mapping: &Mapping) -> Level {
+        let size = match mapping.page_size {
+            0 => self.smaps.at(mapping.start).map_or(Level::M2.bytes(), |entry| entry.page_size),
+            size => size,
+        };
+        Level::within(size)
+    }
+}
+
+fn looking_up(errno: Errno) -> Error {
+    let error = Error::kernel(errno, "looking up the slot's mapping in /proc/self/maps");
+    if error.hint.is_empty() {
+        error.hint("mount /proc, or do without a report and a strict rule")
+    } else {
+        error
+    }
+}
+
+/// A look at one slot's memory.
+struct Survey<'a> {
+    occasion: &'a Occasion<'a>,
+    slot: &'a Memslot,
+    runs: Vec<Run>,
+}
+
+impl HostMemory {
     /// Of runs that are known, by place.
     pub fn of(runs: Vec<Run>) -> Self {
         Self { runs }
@@ -126,73 +151,99 @@ impl HostMemory {
 
 impl Survey<'_> {
     fn add(&mut self, mapping: &Mapping, found: Range) -> Sys<()> {
-        let object = self.backing.map_or_else(|| object_of(&self.smaps, mapping), |backing| backing.object);
-        let shared = self.backing.map_or(mapping.shared, |backing| backing.shared);
+        let said = self.slot.backing;
+        let object = said.map_or_else(|| self.occasion.object_of(self.slot, mapping), |said| said.object);
+        let shared = said.map_or(mapping.shared, |said| said.shared);
         let whole = |level, limit| Run { range: found, level, limit };
         match object {
             MappedObject::Hugetlb => {
-                let level = hugetlb_level(&self.smaps, mapping);
-                self.runs.push(whole(level, Limit::Backing));
+                self.runs.push(whole(self.occasion.hugetlb_level(mapping), Limit::Backing));
+                Ok(())
             }
             MappedObject::GuestMemfd => {
                 self.runs.push(whole(Level::K4, Limit::GuestMemfd));
+                Ok(())
             }
             MappedObject::Anonymous => {
-                let limit = self.limit_of(thp::anonymous(self.kernel), mapping);
-                self.add_transparent(found, limit, object)?;
+                let limit = self.limit_of(thp::anonymous(self.occasion.kernel), mapping);
+                self.add_transparent(found, limit, false)
             }
             MappedObject::Shmem if shared => {
                 let limit = self.shmem_limit(mapping);
-                self.add_transparent(found, limit, object)?;
+                self.add_transparent(found, limit, !self.has_empty_file())
             }
             // Private copies are made page by page.
             MappedObject::Shmem | MappedObject::File => {
-                self.add_transparent(found, Some(Limit::Backing), object)?;
+                self.add_transparent(found, Some(Limit::Backing), false)
             }
         }
-        Ok(())
+    }
+
+    /// Whether nothing of the slot's file is in memory, where that can be told at once.
+    fn has_empty_file(&self) -> bool {
+        let status = self.slot.file.and_then(|(fd, _)| self.occasion.kernel.file_status(fd).ok());
+        status.is_some_and(|status| status.allocated == 0)
     }
 
     /// Memory that has huge pages where the kernel so decides: what is there is as it is, and the rest will be of 2 MiB
     /// unless there is a limit.
-    fn add_transparent(&mut self, found: Range, limit: Option<Limit>, object: MappedObject) -> Sys<()> {
+    fn add_transparent(&mut self, found: Range, limit: Option<Limit>, is_cached: bool) -> Sys<()> {
+        match limit {
+            None => self.add_huge(found, is_cached),
+            Some(limit) => self.add_small(found, limit),
+        }
+    }
+
+    /// Memory in which huge pages come, but where small ones stand in their way.
+    fn add_huge(&mut self, found: Range, is_cached: bool) -> Sys<()> {
+        let kernel = self.occasion.kernel;
+        let mut small = kernel.small_pages(found.start, found.end)?;
         let mut at = found.start;
         while let Some(rest) = Range::between(at, found.end) {
-            // Where huge pages will come, look for small ones that stand in their way; else for huge ones that are there.
-            let exception = match limit {
-                None => self.small_pages(rest, object)?,
-                Some(_) => self.kernel.huge_pages(rest.start, rest.end)?,
-            };
-            let Some(exception) = exception.and_then(|(start, end)| around(start, end).intersect(&rest))
-            else {
-                self.push(found, rest, limit);
+            if small.is_some_and(|(_, end)| end <= at) {
+                small = kernel.small_pages(at, found.end)?;
+            }
+            let before = small.map_or(found.end, |(start, _)| start);
+            let cached = if is_cached { self.partly_cached(at, before)? } else { None };
+            let frames = cached.or(small).and_then(|(start, end)| around(start, end).intersect(&rest));
+            let Some(frames) = frames else {
+                self.push(found, rest, None);
                 break;
             };
-            if let Some(before) = Range::between(at, exception.start) {
-                self.push(found, before, limit);
+            if let Some(before) = Range::between(at, frames.start) {
+                self.push(found, before, None);
             }
-            self.push(found, exception, if limit.is_none() { Some(Limit::Resident) } else { None });
-            at = exception.end;
+            self.push(found, frames, Some(Limit::Resident));
+            at = frames.end;
         }
         Ok(())
     }
 
-    /// The first run of pages in `part` that no huge page will take the place of.
-    fn small_pages(&self, part: Range, object: MappedObject) -> Sys<Option<(u64, u64)>> {
-        let small = self.kernel.small_pages(part.start, part.end)?;
-        if object != MappedObject::Shmem {
-            return Ok(small);
+    /// Memory in which none come, but where they are already.
+    fn add_small(&mut self, found: Range, limit: Limit) -> Sys<()> {
+        let mut at = found.start;
+        while let Some(rest) = Range::between(at, found.end) {
+            let huge = self.occasion.kernel.huge_pages(rest.start, rest.end)?;
+            let Some(frames) = huge.and_then(|(start, end)| around(start, end).intersect(&rest)) else {
+                self.push(found, rest, Some(limit));
+                break;
+            };
+            if let Some(before) = Range::between(at, frames.start) {
+                self.push(found, before, Some(limit));
+            }
+            self.push(found, frames, None);
+            at = frames.end;
         }
-        let end = small.map_or(part.end, |(start, _)| start);
-        Ok(self.partly_cached(part.start, end)?.or(small))
+        Ok(())
     }
 
     /// The first frame of 2 MiB of which a part is in a file's cache, mapped here or not.
     fn partly_cached(&self, start: u64, end: u64) -> Sys<Option<(u64, u64)>> {
-        let size = Level::M2.bytes();
+        let (size, looks) = (Level::M2.bytes(), &self.occasion.cache_looks);
         let mut at = start.next_multiple_of(size);
-        while at + size <= end {
-            if (1..size).contains(&self.kernel.cached(at, size)?) {
+        while at + size <= end && looks.get() > 0 {
+            looks.set(looks.get() - 1);
+            if (1..size).contains(&self.occasion.kernel.cached(at, size)?) {
                 return Ok(Some((at, at + size)));
             }
             at += size;
@@ -219,10 +270,12 @@ impl Survey<'_> {
         if !Level::M2.is_aligned(mapping.start.wrapping_sub(mapping.offset)) {
             return Some(Limit::Backing);
         }
-        // A file on a tmpfs mount has that mount's policy, which only this tells.
-        let is_not_eligible = || self.smaps.at(mapping.start).is_some_and(|e| e.may_be_huge == Some(false));
-        let limit = self.limit_of(thp::shmem(self.kernel), mapping);
-        limit.or_else(|| is_not_eligible().then_some(Limit::NoThp))
+        let kernel = self.occasion.kernel;
+        let said = self.occasion.smaps.at(mapping.start).and_then(|entry| entry.may_be_huge);
+        if mapping.on_mount {
+            return self.limit_of(thp::tmpfs(kernel, said == Some(true)), mapping);
+        }
+        self.limit_of(thp::shmem(kernel), mapping).or((said == Some(false)).then_some(Limit::NoThp))
     }
 
     /// Why memory under that policy will not come in huge pages.
@@ -230,7 +283,7 @@ impl Survey<'_> {
         if policy == Policy::Never {
             return Some(Limit::NoThp);
         }
-        match (policy, self.smaps.at(mapping.start).and_then(|entry| entry.huge_advice)) {
+        match (policy, self.occasion.smaps.at(mapping.start).and_then(|entry| entry.huge_advice)) {
             (_, Some(false)) => Some(Limit::NoThp),
             (Policy::Advised, None) => Some(Limit::Advice),
             _ => None,

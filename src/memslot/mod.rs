@@ -14,7 +14,7 @@ pub mod report;
 pub use record::SlotRecord;
 
 use crate::error::{Error, Reason, Result, Stage};
-use crate::kvm::{FileId, Kernel, MEM_GUEST_MEMFD, MEM_LOG_DIRTY_PAGES, MEM_READONLY, MappedObject, Region};
+use crate::kvm::{FileId, MEM_GUEST_MEMFD, MEM_LOG_DIRTY_PAGES, MEM_READONLY, MappedObject, Region};
 use crate::range::{Range, is_page_aligned};
 use std::os::fd::RawFd;
 
@@ -90,6 +90,23 @@ impl Memslot {
         self.region.slot
     }
 
+    /// Whether all of it is private, in a guest_memfd that the host has no mapping of. Where there is private memory its
+    /// VMM may say so, or that none of it is; who says nothing is taken to mean all, unless the guest_memfd is mapped at
+    /// its hva. KVM goes by each page's attribute, of which nothing is known here.
+    pub fn is_hidden(
+        &self,
+        has_private_memory: bool,
+        is_mapped: impl FnOnce() -> Result<bool>,
+    ) -> Result<bool> {
+        if !self.has_guest_memfd() || !has_private_memory {
+            return Ok(false);
+        }
+        match self.backing {
+            Some(backing) => Ok(backing == Backing { object: MappedObject::GuestMemfd, shared: false }),
+            None => Ok(!is_mapped()?),
+        }
+    }
+
     /// The guest memory it covers; `None` for the deletion of a slot.
     pub fn range(&self) -> Option<Range> {
         Range::new(self.region.gpa, self.region.size)
@@ -151,7 +168,7 @@ impl Memslot {
     }
 
     /// Refuses what is not aligned or wraps.
-    fn check_form(&self) -> Result<()> {
+    pub fn check_form(&self) -> Result<()> {
         let region = &self.region;
         let offset = if self.has_guest_memfd() { region.guest_memfd_offset } else { 0 };
         let places = [("gpa", region.gpa), ("hva", region.hva), ("guest_memfd offset", offset)];
@@ -182,7 +199,7 @@ pub trait Slots {
     /// A slot of the same address space, but for `id` itself, that has something of `range`, and where it lies.
     fn overlapping(&self, range: Range, id: SlotId) -> Option<(SlotId, Range)>;
     /// A slot that is bound to something of that part of a guest_memfd.
-    fn bound(&self, kernel: &dyn Kernel, file: FileId, part: Range) -> Option<SlotId>;
+    fn bound(&self, file: FileId, part: Range) -> Option<SlotId>;
 }
 
 /// Checks that `range` lies below the guest's address width.

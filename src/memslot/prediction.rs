@@ -7,7 +7,7 @@
 use super::host::HostMemory;
 use super::{Memslot, alignment};
 use crate::kvm::Kernel;
-use crate::kvm::caps::largest_page;
+use crate::kvm::caps::{KVM_X86_SNP_VM, KVM_X86_TDX_VM, largest_page};
 use crate::level::Level;
 use crate::range::{PAGE, Range, RangeSet};
 
@@ -44,6 +44,13 @@ pub enum Limit {
     Cpu = 12,
     /// Private memory of VMs of this type has pages of 4 KiB.
     VmType = 13,
+}
+
+impl Limit {
+    /// Whether something that a VMM does could lift it.
+    fn can_be_lifted(self) -> bool {
+        !matches!(self, Limit::None | Limit::GuestMemfd | Limit::Cpu | Limit::VmType)
+    }
 }
 
 /// How many limits there are.
@@ -117,16 +124,15 @@ fn private_limit(vm_type: u32) -> Limit {
     }
 }
 
-const KVM_X86_SNP_VM: u32 = 4;
-const KVM_X86_TDX_VM: u32 = 5;
-
 /// Predicts the mappings of `range`, a part of the slot.
 pub fn predict(terms: &Terms<'_>, range: Range, memory: &HostMemory) -> Prediction {
     let (allowed, _) = Walk { terms, memory: None, range }.count();
     let (expected, costs) = Walk { terms, memory: Some(memory), range }.count();
     let worst = |level: Level| {
         let costs = &costs[level as usize];
-        let index = (0..LIMITS).max_by_key(|index| (costs[*index], LIMITS - index)).unwrap_or(0);
+        let concerned = (0..LIMITS).filter(|index| costs[*index] > 0);
+        // Of two that cost the same, the one that a change would lift.
+        let index = concerned.max_by_key(|index| (costs[*index], ALL[*index].can_be_lifted())).unwrap_or(0);
         Cost { limit: ALL[index], bytes: costs[index] }
     };
     Prediction { allowed, expected, below_2m: worst(Level::M2), below_1g: worst(Level::G1) }
@@ -289,7 +295,9 @@ impl Walk<'_> {
         let Some(run) = memory.at(hva) else { return of_slot.or(Some(Limit::NotMapped)) };
         if run.level < level {
             // Whatever the slot is like: what is mapped has no larger pages.
-            return if run.limit == Limit::Backing { Some(run.limit) } else { of_slot.or(Some(run.limit)) };
+            // Only a pool has pages of 1 GiB.
+            let limit = if level == Level::G1 { Limit::Backing } else { run.limit };
+            return if limit == Limit::Backing { Some(limit) } else { of_slot.or(Some(limit)) };
         }
         let is_whole = level.frame(hva).is_some_and(|frame| run.range.contains(&frame));
         of_slot.or((!is_whole).then_some(Limit::MappingEdges))

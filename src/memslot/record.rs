@@ -3,9 +3,10 @@
 //! It says what is; whether a change is wise is for others. A change is refused whole or made whole.
 
 use super::{Memslot, SlotId, Slots, address_space, slot_number};
-use crate::kvm::{FileId, Kernel};
+use crate::kvm::FileId;
 use crate::range::Range;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
+use std::collections::btree_map::{BTreeMap, Entry};
 
 /// All slots of one guest.
 #[derive(Clone, Debug, Default)]
@@ -112,7 +113,12 @@ impl SlotRecord {
         let space = self.spaces.entry(address_space(id)).or_default();
         let old = space.take(id);
         if let (Some(old), Some(file)) = (&old, self.files.remove(&id)) {
-            self.by_binding.remove(&(file, old.region.guest_memfd_offset));
+            // Another slot may have come to that part meanwhile, if changes are noted out of order.
+            if let Entry::Occupied(binding) = self.by_binding.entry((file, old.region.guest_memfd_offset)) {
+                if *binding.get() == id {
+                    binding.remove();
+                }
+            }
         }
         self.changing.remove(&id);
         if let Some(range) = slot.range() {
@@ -143,7 +149,7 @@ impl Slots for SlotRecord {
         last.1.overlaps(&range).then_some(last)
     }
 
-    fn bound(&self, _: &dyn Kernel, file: FileId, part: Range) -> Option<SlotId> {
+    fn bound(&self, file: FileId, part: Range) -> Option<SlotId> {
         let (_, id) = self.by_binding.range((file, 0)..(file, part.end)).next_back()?;
         let region = self.get(*id)?.region;
         Range::new(region.guest_memfd_offset, region.size)?.overlaps(&part).then_some(*id)
@@ -198,7 +204,6 @@ mod tests {
 
     #[test]
     fn no_byte_of_a_guest_memfd_is_bound_twice() {
-        let kernel = crate::kvm::Linux::default();
         let file = |inode| FileId { device: 1, inode };
         let bound = |id, offset, size| {
             let mut slot = slot(id, u64::from(id) << 32, size);
@@ -209,8 +214,7 @@ mod tests {
         record.replace(&bound(1, 0x1000, 0x2000), Some(file(7)));
         record.replace(&bound(2, 0x3000, 0x1000), Some(file(7)));
         record.replace(&bound(3, 0, 0x1000), Some(file(8)));
-        let holder =
-            |record: &SlotRecord, inode, start, end| record.bound(&kernel, file(inode), Range { start, end });
+        let holder = |record: &SlotRecord, inode, start, end| record.bound(file(inode), Range { start, end });
         assert_eq!(holder(&record, 7, 0, 0x1000), None);
         assert_eq!(holder(&record, 7, 0, 0x1001), Some(1));
         assert_eq!(holder(&record, 7, 0x2000, 0x8000), Some(2));
@@ -223,6 +227,16 @@ mod tests {
         assert_eq!(holder(&record, 7, 0x1000, 0x3000), None);
         record.replace(&bound(4, 0, 0x4000), Some(file(7)));
         assert_eq!(holder(&record, 7, 0x1000, 0x3000), Some(4), "what was bound before does not hide it");
+    }
+
+    #[test]
+    fn a_late_note_of_a_deletion_leaves_another_s_binding() {
+        let file = FileId { device: 1, inode: 7 };
+        let mut record = SlotRecord::default();
+        record.replace(&slot(1, 0, 0x1000), Some(file));
+        record.replace(&slot(2, 0x8000, 0x1000), Some(file));
+        record.replace(&slot(1, 0, 0), None);
+        assert_eq!(record.bound(file, Range { start: 0, end: 0x1000 }), Some(2));
     }
 
     #[test]

@@ -2,13 +2,13 @@
 //!
 //! It joins what the rules, the alignment and the prediction found, and puts the worst of it into words.
 
-use super::alignment::{self, Alignment, Demand};
-use super::host::{self, HostMemory, Kind};
+use super::Memslot;
+use super::alignment::{self, Alignment, Breach, Demand};
+use super::host::{Kind, Occasion};
 use super::prediction::{Cost, Limit, Prediction, Terms, predict};
-use super::{Backing, Memslot};
 use crate::error::Result;
+use crate::kvm::Kernel;
 use crate::kvm::caps::Caps;
-use crate::kvm::{Kernel, MappedObject};
 use crate::level::Level;
 use crate::range::{Range, RangeSet};
 
@@ -35,23 +35,27 @@ pub fn report(
     private: Option<RangeSet>,
     demand: Demand,
 ) -> Result<Report> {
-    let memory = HostMemory::survey(kernel, slot, behind(slot, range))?;
-    let kind = host::kind(kernel, slot, slot.region.hva)?;
-    let private = private.unwrap_or_else(|| private_of(caps, slot, &kind));
+    let occasion = Occasion::now(kernel)?;
+    let kind = occasion.kind(slot, slot.region.hva)?;
+    let private = match private.filter(|_| caps.has_private_memory()) {
+        Some(private) => private,
+        None => private_of(caps, slot, &kind)?,
+    };
     let terms = Terms::new(kernel, caps.vm_type, slot, &private);
-    let prediction = predict(&terms, range, &memory);
-    let (message, hint) = in_words(slot, range, &prediction);
-    Ok(Report { alignment: demand.measure(kernel, slot)?, prediction, message, hint })
+    let prediction = predict(&terms, range, &occasion.survey(slot, behind(slot, range))?);
+    let alignment = alignment::measure(demand.rule, &slot.region, slot.has_guest_memfd(), kind.largest);
+    let (message, hint) = match alignment.breach(&slot.region) {
+        // First things first: what follows of a breach is told by the numbers.
+        Some(Breach { message, hint }) => (message, hint),
+        None => in_words(slot, range, &prediction),
+    };
+    Ok(Report { alignment, prediction, message, hint })
 }
 
-/// What of a slot is private, by what its VMM says of its backing: nothing, or, with a guest_memfd, all of it. Who says
-/// nothing is taken to mean all of it, in a VM that has private memory, unless that guest_memfd is mapped at the hva.
-pub fn private_of(caps: &Caps, slot: &Memslot, kind: &Kind) -> RangeSet {
-    let is_hidden = match slot.backing {
-        Some(backing) => backing == Backing { object: MappedObject::GuestMemfd, shared: false },
-        None => caps.has_private_memory() && !kind.is_guest_memfd,
-    };
-    slot.range().filter(|_| slot.has_guest_memfd() && is_hidden).into_iter().collect()
+/// What of a slot is private, by its VMM's word.
+fn private_of(caps: &Caps, slot: &Memslot, kind: &Kind) -> Result<RangeSet> {
+    let is_hidden = slot.is_hidden(caps.has_private_memory(), || Ok(kind.is_guest_memfd))?;
+    Ok(slot.range().filter(|_| is_hidden).into_iter().collect())
 }
 
 /// The memory of this process behind the largest pages that could hold `range` and still lie in the slot.
@@ -65,72 +69,81 @@ fn behind(slot: &Memslot, range: Range) -> Range {
     Range { start, end: start + part.size() }
 }
 
-/// The worst limit, and what lifts it. That nothing but a pool has pages of 1 GiB is no news.
+/// The worst limit, and what lifts it; nothing where nothing does. That only a pool has pages of 1 GiB is no news.
 fn in_words(slot: &Memslot, range: Range, prediction: &Prediction) -> (String, String) {
-    let is_news =
-        |cost: &Cost| !matches!(cost.limit, Limit::None | Limit::Backing | Limit::Edges | Limit::Cpu);
-    let (level, cost) = match (prediction.below_2m, prediction.below_1g) {
-        (cost, _) if cost.bytes > 0 => (Level::M2, cost),
-        (_, cost) if is_news(&cost) => (Level::G1, cost),
-        _ => return Default::default(),
+    let (level, cost) = if prediction.below_2m.bytes > 0 {
+        (Level::M2, prediction.below_2m)
+    } else {
+        (Level::G1, prediction.below_1g)
     };
-    let message = format!(
-        "{:#x} of {:#x} bytes will be in pages smaller than {level}: {}",
-        cost.bytes,
-        range.size(),
-        why(cost.limit, level)
-    );
-    (message, remedy(slot, cost.limit, level))
+    let is_news = level == Level::M2 || !matches!(cost.limit, Limit::Backing | Limit::Edges);
+    let remedy = remedy(slot, cost.limit, level).filter(|_| is_news);
+    remedy.map(|remedy| (told(cost, range, level), remedy)).unwrap_or_default()
 }
 
-fn why(limit: Limit, level: Level) -> String {
-    match limit {
-        Limit::None => return String::new(),
-        Limit::Edges => "the slot does not hold the whole of them",
-        Limit::Congruence => return format!("gpa and hva differ modulo {level}"),
+fn told(cost: Cost, range: Range, level: Level) -> String {
+    let (bytes, all) = (cost.bytes, range.size());
+    let why = match cost.limit {
+        Limit::NotMapped => return format!("nothing is mapped behind {bytes:#x} of {all:#x} bytes"),
+        Limit::Congruence => {
+            return format!("{} gpa and hva differ modulo {level}", smaller(bytes, all, level));
+        }
+        Limit::None => "",
+        Limit::Edges => "they are the slot's head and tail",
         Limit::DirtyLogging => "writes are logged page by page",
         Limit::GuestMemfd => "a guest_memfd has pages of 4 KiB",
-        Limit::Attributes => "private and shared memory share them",
-        Limit::Backing => "what is mapped there has none",
+        Limit::Attributes => "private and shared memory lie in one page of that size",
+        Limit::Backing => "what is mapped there has none that large",
         Limit::Advice => "transparent huge pages come only where they are advised",
-        Limit::NoThp => "transparent huge pages are off, or advised against",
-        Limit::MappingEdges => "the mapping does not hold the whole of them",
+        Limit::NoThp => "transparent huge pages are off there, or advised against",
+        Limit::MappingEdges => "the mapping does not hold a whole one",
         Limit::Resident => "smaller pages are there already",
-        Limit::NotMapped => "nothing is mapped there",
-        Limit::Cpu => "the processor's nested paging has none",
+        Limit::Cpu => "the processor's nested paging has none that large",
         Limit::VmType => "private memory of this type of VM has pages of 4 KiB",
-    }
-    .into()
+    };
+    format!("{} {why}", smaller(bytes, all, level))
 }
 
-fn remedy(slot: &Memslot, limit: Limit, level: Level) -> String {
-    match limit {
-        Limit::None | Limit::GuestMemfd | Limit::Backing | Limit::Cpu | Limit::VmType => {
-            return String::new();
-        }
-        Limit::Congruence => return alignment::hva_hint(&slot.region, level),
+fn smaller(bytes: u64, all: u64, level: Level) -> String {
+    format!("{bytes:#x} of {all:#x} bytes will be in pages smaller than {level}:")
+}
+
+/// What lifts a limit; `None` where nothing does that is worth a word.
+fn remedy(slot: &Memslot, limit: Limit, level: Level) -> Option<String> {
+    let text = match limit {
+        Limit::None | Limit::GuestMemfd | Limit::Cpu | Limit::VmType => return None,
+        Limit::Congruence => return Some(alignment::hva_hint(&slot.region, level)),
         Limit::Edges => return edges_remedy(slot, level),
-        Limit::Attributes => return format!("convert whole pages of {level}"),
+        Limit::Attributes => return Some(format!("convert whole pages of {level}")),
         Limit::DirtyLogging => "turn dirty logging off (KVM_MEM_LOG_DIRTY_PAGES) while it is not needed",
-        Limit::Advice => "advise them: madvise(MADV_HUGEPAGE), or KVMPREP_POPULATE_HUGE_ADVICE",
-        Limit::NoThp => {
-            "allow them in /sys/kernel/mm/transparent_hugepage, or take the memory from a pool of huge pages"
+        Limit::Backing => {
+            "use anonymous or shared memory with transparent huge pages, or a pool of huge pages (hugetlb)"
         }
-        Limit::MappingEdges => return format!("map whole pages of {level} behind the slot, in one mapping"),
+        Limit::Advice => {
+            "advise them before the memory is touched (MADV_HUGEPAGE, or KVMPREP_POPULATE_HUGE_ADVICE), and collapse what \
+             is there (MADV_COLLAPSE)"
+        }
+        Limit::NoThp => {
+            "see madvise(MADV_NOHUGEPAGE), prctl(PR_SET_THP_DISABLE), and enabled, for shared memory shmem_enabled, in \
+             /sys/kernel/mm/transparent_hugepage; or use a pool (hugetlb)"
+        }
+        Limit::MappingEdges => {
+            return Some(format!("map whole pages of {level} behind the slot, in one mapping"));
+        }
         Limit::Resident => {
-            "advise huge pages before the memory is first touched, or collapse it (MADV_COLLAPSE)"
+            "advise huge pages before the memory is first touched, or collapse what is there (MADV_COLLAPSE)"
         }
         Limit::NotMapped => "map the slot's memory first",
-    }
-    .into()
+    };
+    Some(text.into())
 }
 
-fn edges_remedy(slot: &Memslot, level: Level) -> String {
-    let Some(place) = slot.range() else { return String::new() };
-    let down = |gpa: u64| gpa - level.remainder(gpa);
-    format!(
-        "let the slot begin at gpa {:#x} and end at {:#x}, or leave it: it is its head and tail only",
-        down(place.start),
+/// Of a slot without a single page of that size nothing is to be said: it is small.
+fn edges_remedy(slot: &Memslot, level: Level) -> Option<String> {
+    let place = slot.range().filter(|place| level.fits(*place))?;
+    Some(format!(
+        "begin and end the slot and its memory at multiples of {level} (gpa {:#x} to {:#x}), if the rest matters",
+        place.start - level.remainder(place.start),
         place.end.checked_next_multiple_of(level.bytes()).unwrap_or(place.end)
-    )
+    ))
 }

@@ -8,33 +8,52 @@ use crate::error::{Error, Reason, Result, Stage};
 use crate::kvm::caps::Caps;
 use crate::kvm::{Kernel, MappedObject};
 use crate::level::Level;
+use crate::memslot::host::Occasion;
 use crate::memslot::prediction::Terms;
-use crate::memslot::{SlotRecord, host, report::private_of};
+use crate::memslot::{Memslot, SlotRecord};
 use crate::range::{PAGE, Range, RangeSet};
 
 /// Refuses ranges at whose edges KVM may map beyond them.
 pub fn check(kernel: &dyn Kernel, caps: &Caps, slots: &SlotRecord, asked: &[Range]) -> Result<()> {
     let asked: RangeSet = asked.iter().copied().collect();
+    let edges = Edges { kernel, occasion: Occasion::now(kernel)?, caps };
     for range in asked.iter() {
-        let start = widened_at(kernel, caps, slots, range.start)?.map_or(range.start, |frame| frame.start);
-        let end = widened_at(kernel, caps, slots, range.end - PAGE)?.map_or(range.end, |frame| frame.end);
-        let wide = Range { start: start.min(range.start), end: end.max(range.end) };
-        if wide != range {
-            return Err(inexact(range, wide));
+        let (mut wide, mut culprit) = (range, None);
+        for gpa in [range.start, range.end - PAGE] {
+            let Some(page) = Range::new(gpa, PAGE) else { continue };
+            let Some((_, slot)) = slots.touching(0, page).next() else { continue };
+            let frame = edges.widened(slot, page)?;
+            if !range.contains(&frame) {
+                wide = Range { start: wide.start.min(frame.start), end: wide.end.max(frame.end) };
+                culprit = culprit.or(Some(slot));
+            }
+        }
+        if let Some(slot) = culprit {
+            return Err(inexact(range, wide).slot(slot.id()));
         }
     }
     Ok(())
 }
 
-/// The largest page with which KVM may map the small one at `gpa`; `None` where there is no slot.
-fn widened_at(kernel: &dyn Kernel, caps: &Caps, slots: &SlotRecord, gpa: u64) -> Result<Option<Range>> {
-    let Some(page) = Range::new(gpa, PAGE) else { return Ok(None) };
-    let Some((_, slot)) = slots.touching(0, page).next() else { return Ok(None) };
-    let kind = host::kind(kernel, slot, slot.hva_of(gpa))?;
-    let private = private_of(caps, slot, &kind);
-    // A file system may have huge pages in its cache.
-    let largest = if kind.object == MappedObject::File { Level::M2 } else { kind.largest };
-    Ok(Some(Terms::new(kernel, caps.vm_type, slot, &private).widened(page, largest)))
+/// Whoever looks at the edges of ranges.
+struct Edges<'a> {
+    kernel: &'a dyn Kernel,
+    occasion: Occasion<'a>,
+    caps: &'a Caps,
+}
+
+impl Edges<'_> {
+    /// The largest page with which KVM may map the small one.
+    fn widened(&self, slot: &Memslot, page: Range) -> Result<Range> {
+        let kind = self.occasion.kind(slot, slot.hva_of(page.start))?;
+        // KVM goes by each page's attribute: only who says that all is private is believed.
+        let is_hidden =
+            slot.backing.is_some() && slot.is_hidden(self.caps.has_private_memory(), || Ok(false))?;
+        let private: RangeSet = slot.range().filter(|_| is_hidden).into_iter().collect();
+        // A file system may have huge pages in its cache.
+        let largest = if kind.object == MappedObject::File { Level::M2 } else { kind.largest };
+        Ok(Terms::new(self.kernel, self.caps.vm_type, slot, &private).widened(page, largest))
+    }
 }
 
 fn inexact(range: Range, wide: Range) -> Error {

@@ -233,21 +233,12 @@ struct Host<'a> {
 }
 
 impl Host<'_> {
-    /// Whether the slot's memory is a guest_memfd that the host cannot map. Its VMM may say so; else it is so when
-    /// the VM has private memory and what is mapped at the slot's hva is not that guest_memfd. A VM without serves
-    /// the guest from the slot's hva, as any other.
+    /// Whether the slot's memory is a guest_memfd that the host cannot map.
     fn is_hidden(&self, slot: &Memslot) -> Result<bool> {
-        if !slot.has_guest_memfd() {
-            return Ok(false);
-        }
-        if let Some(backing) = slot.backing {
-            return Ok(backing == Backing { object: MappedObject::GuestMemfd, shared: false });
-        }
-        if !self.has_private_memory {
-            return Ok(false);
-        }
-        let mapping = self.mappings.at(slot.region.hva).map_err(looking_up)?;
-        Ok(!mapping.is_some_and(|m| m.start <= slot.region.hva && m.object == MappedObject::GuestMemfd))
+        slot.is_hidden(self.has_private_memory, || {
+            let mapping = self.mappings.at(slot.region.hva).map_err(looking_up)?;
+            Ok(mapping.is_some_and(|m| m.start <= slot.region.hva && m.object == MappedObject::GuestMemfd))
+        })
     }
 
     /// The table of host methods, by measurement: `cargo xtask bench`, rows `host_*` and `method_*`.

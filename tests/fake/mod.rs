@@ -84,6 +84,7 @@ impl Fake {
                 start: mapped.start,
                 end: mapped.end,
                 offset: 0,
+                on_mount: false,
                 writable: true,
                 shared: false,
                 page_size: PAGE,

@@ -24,7 +24,8 @@ pub fn generate() -> Result<String> {
     Ok(guarded(&unsigned(&without_rust_sections(&String::from_utf8(text)?))))
 }
 
-/// Gives numbers that no int holds an unsigned type: as they come they are a long, on any 64-bit machine.
+/// Gives numbers that no int holds an unsigned type: as they come they are a long, on any 64-bit machine. And the one
+/// comment that C90 has not is written as it has them.
 fn unsigned(header: &str) -> String {
     let is_long = |line: &str| {
         let number = line.strip_prefix("#define ").and_then(|define| define.split(' ').nth(1));
@@ -33,6 +34,7 @@ fn unsigned(header: &str) -> String {
             .is_some_and(|number| i32::try_from(number).is_err())
     };
     header
+        .replace("// __cplusplus", "/* __cplusplus */")
         .lines()
         .map(|line| if is_long(line) { format!("{line}u\n") } else { format!("{line}\n") })
         .collect()
