@@ -63,7 +63,8 @@ void combination_print(const struct combination *c) {
                                            "a page read",
                                            "a page in the cache",
                                            "the huge zero page",
-                                           "a frame with a page dropped"};
+                                           "a frame with a page dropped",
+                                           "a frame advised against later"};
     printf("%s%s, size %#" PRIx64 ", gpa %% 2M %#" PRIx64 ", hva %% 2M %#" PRIx64
            ", flags %u%s, policy '%s', advice %s",
            kind_name(c->kind), c->has_idle_gmem ? " beside an idle guest_memfd" : "", c->size, c->gpa_offset,
@@ -172,6 +173,9 @@ static void make_resident_after_advice(struct scene *scene, const struct combina
     } else if (c->resident == RESIDENT_PUNCHED) {
         *(volatile char *)page = 1;
         CHECK_EQ(madvise(page, PAGE, MADV_DONTNEED), 0);
+    } else if (c->resident == RESIDENT_HUGE) {
+        *(volatile char *)page = 1;
+        CHECK_EQ(madvise(at(scene, 0), c->size, MADV_NOHUGEPAGE), 0);
     }
 }
 

@@ -35,6 +35,7 @@ enum resident {
     RESIDENT_CACHED,    /* written through the file: in memory, but not mapped */
     RESIDENT_ZERO_HUGE, /* read after the advice: the huge zero page where there is one */
     RESIDENT_PUNCHED,   /* its frame populated after the advice, then this page dropped */
+    RESIDENT_HUGE,      /* its frame populated after the advice, then all advised against huge pages */
 };
 
 /* All places are in bytes from the slot's start. */
