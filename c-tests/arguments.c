@@ -362,8 +362,11 @@ static void config_of_a_handle(void) {
         CHECK_ERR(kvmprep_vm_new(&config, &out, &err), err, EINVAL, KVMPREP_REASON_BAD_VALUE);
     }
     config.gpa_bits = 0;
-    config.gpa_shared_bit = 52;
-    CHECK_ERR(kvmprep_vm_new(&config, &out, &err), err, EINVAL, KVMPREP_REASON_BAD_VALUE);
+    const uint32_t no_shared_bit[] = {1, 46, 48, 52, 64, UINT32_MAX};
+    for (size_t i = 0; i < sizeof(no_shared_bit) / sizeof(no_shared_bit[0]); i++) {
+        config.gpa_shared_bit = no_shared_bit[i];
+        CHECK_ERR(kvmprep_vm_new(&config, &out, &err), err, EINVAL, KVMPREP_REASON_BAD_VALUE);
+    }
     config.gpa_shared_bit = 51;
     CHECK_ERR(kvmprep_vm_new(&config, &out, &err), err, EBADF, KVMPREP_REASON_BAD_FD);
     config.vm_fd = 0; /* some descriptor */

@@ -247,12 +247,18 @@ static bool gives_all(const struct combination *c) {
            c->advised_size == c->size && c->resident == RESIDENT_NOTHING && c->hole_size == 0;
 }
 
-/* A report that leaves memory in small pages says why, and how much of it. */
+/* A report that leaves memory in small pages says why, and how much of it; and in words where a change would
+ * help. */
 static bool is_explained(const struct scene *scene, const struct kvmprep_memslot_report *report) {
+    bool is_told = report->message[0] != 0;
+    if (is_told != (report->hint[0] != 0))
+        return false;
     if (report->expected.pages_4k == 0)
         return true;
+    bool is_lifted = report->limit_2m != KVMPREP_LIMIT_GUEST_MEMFD && report->limit_2m != KVMPREP_LIMIT_CPU &&
+                     report->limit_2m != KVMPREP_LIMIT_VM_TYPE && report->limit_2m != KVMPREP_LIMIT_EDGES;
     return report->limit_2m != KVMPREP_LIMIT_NONE && report->limited_2m > 0 &&
-           report->limited_2m <= scene->range.size && report->message[0] != 0;
+           report->limited_2m <= scene->range.size && (is_told || !is_lifted);
 }
 
 static void print_counts(const char *what, const struct kvmprep_page_counts *counts) {

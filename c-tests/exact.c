@@ -179,8 +179,14 @@ static void slot_with_dirty_logging(void) {
 }
 
 /* Nor has private memory. */
+/* That a slot is all private is believed of who says so; else KVM's attributes may say otherwise. */
 static void private_memory(void) {
     struct setting s = setting_make_with_stage2(GMEM_PRIVATE, SIZE);
+    struct kvmprep_range inside = part_of(5 * PAGE, PAGE);
+    CHECK_ERR(populate(&s, &inside, 1, KVMPREP_POPULATE_EXACT), s.err, EINVAL, KVMPREP_REASON_RANGE_INEXACT);
+    CHECK_EQ(s.err.slot, MEMORY_SLOT);
+    s.slot.backing = KVMPREP_BACKING_GUEST_MEMFD;
+    CHECK_OK(kvmprep_memslot_note(s.handle, &s.slot, &s.err), s.err);
     check_exact(&s, part_of(5 * PAGE, PAGE));
     check_exact(&s, part_of(FRAME - PAGE, FRAME + PAGE));
     setting_end(&s);

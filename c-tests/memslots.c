@@ -366,6 +366,8 @@ static void shared_bit(void) {
     struct place p = place_make();
     struct kvmprep_memslot slot = p.good;
     p.caps.vm_type = TDX_VM;
+    p.caps.vm_types |= 1ull << TDX_VM;
+    p.caps.memory_attributes = KVM_MEMORY_ATTRIBUTE_PRIVATE;
     p.caps.gpa_bits = 52;
     p.caps.nested_paging = 1;
     const uint32_t numbers[] = {47, 51};
@@ -378,6 +380,11 @@ static void shared_bit(void) {
         check_refused_in_list(&p, &slot, REFUSED(EINVAL, SHARED_BIT, bit, bit));
         slot.gpa = bit - SIZE;
         CHECK_OK(check_in_list(&p, &slot, NULL, &p.s.err), p.s.err);
+    }
+    const uint32_t none[] = {1, 46, 52, 63, 64, UINT32_MAX}; /* as a mask that was cut short would be */
+    for (size_t i = 0; i < sizeof(none) / sizeof(none[0]); i++) {
+        p.caps.gpa_shared_bit = none[i];
+        CHECK_ERR(check_in_list(&p, &slot, NULL, &p.s.err), p.s.err, EINVAL, KVMPREP_REASON_BAD_VALUE);
     }
     p.caps.gpa_shared_bit = 0; /* not known yet, as before KVM_TDX_INIT_VM */
     slot.gpa = 1ull << 47;
@@ -509,6 +516,7 @@ static void changes(void) {
     CHECK_OK(kvmprep_memslot_set(p.s.handle, &deletion, &p.s.err), p.s.err);
     CHECK_EQ(slot_delete(&p.s.vm, MEMORY_SLOT), -EINVAL);
     p.known[0] = p.known[1];
+    p.n_known = 1;
     check_refused(&p, &deletion, REFUSED(EINVAL, MEMSLOT_ABSENT, MEMORY_SLOT, 0));
     place_end(&p);
 }

@@ -9,7 +9,7 @@ use crate::kvm::{Errno, FileId, Kernel};
 use crate::memslot::alignment::Demand;
 use crate::memslot::check::{self, Change, Descriptor, Verdict, check_overlap};
 use crate::memslot::{Memslot, SlotId, SlotRecord, address_space, check_guest_width};
-use crate::populate::coverage::{Coverage, Covered};
+use crate::populate::coverage::{Coverage, Covered, Loss};
 use crate::populate::queue::Queue;
 use crate::range::Range;
 use once_cell::sync::OnceCell;
@@ -95,12 +95,14 @@ pub(crate) fn check_vm(kernel: &dyn Kernel, fd: RawFd) -> Result<()> {
 
 /// Why KVM did not take a slot. What is known of any refusal of its own goes before what is known of slots.
 fn refused_slot(slot: &Memslot, verdict: Verdict, errno: Errno) -> Error {
-    if errno.0 == libc::EINVAL && verdict.binds.is_some() {
+    if let (libc::EINVAL, Some(binding)) = (errno.0, verdict.binds) {
         let fd = slot.region.guest_memfd;
+        let or_none = if binding.is_certain { "" } else { ", or none" };
         let error = Error::invalid(
             Reason::GmemOtherVm,
             format!(
-                "KVM refused the memslot: guest_memfd {fd} is another VM's, or there is a slot that the handle was not told of"
+                "KVM refused the memslot: guest_memfd {fd} is another VM's{or_none}, or there is a slot that the handle was \
+                 not told of"
             ),
         );
         let error = error.hint(
@@ -343,8 +345,7 @@ impl Vm {
             memory.slots.set_changing(slot.id(), false);
             if verdict.change == Change::Move {
                 // KVM drops the mappings first, and puts back the slot alone.
-                let old = memory.slots.get(slot.id()).copied();
-                self.note_loss(&mut memory, old.as_ref(), None);
+                self.note_unmapped(&mut memory, slot.id());
             }
             return Err(refused_slot(slot, verdict, errno));
         }
@@ -379,6 +380,18 @@ impl Vm {
         match check::look(&*self.kernel, slot)? {
             Descriptor::Usable(binding) => Some(binding.file.id),
             Descriptor::Closed(_) | Descriptor::Foreign => None,
+        }
+    }
+
+    /// A slot has stayed, and its stage-2 mappings have not.
+    fn note_unmapped(&self, memory: &mut Memory, slot: SlotId) {
+        let place = memory.slots.get(slot).and_then(Memslot::range).filter(|_| address_space(slot) == 0);
+        if let Some(place) = place {
+            memory.coverage.lost_stage2(place, Loss::SlotChanged);
+        }
+        if !self.mappings_are_kept {
+            memory.coverage.zap_may_come();
+            memory.coverage.lost_all_stage2();
         }
     }
 

@@ -131,14 +131,16 @@ pub unsafe extern "C" fn kvmprep_vm_new(
                 )
                 .hint("pass the guest's MAXPHYADDR, or 0 for the host's"));
             }
+            let demand = decode_rule(config.alignment_rule, "config->alignment_rule")?;
+            let gpa_shared_bit = shared_bit(config.gpa_shared_bit)?;
             let config = Config {
                 vm_fd: required_fd(config.vm_fd, "config->vm_fd")?,
                 gpa_bits: (config.gpa_bits != 0).then_some(config.gpa_bits),
                 keep_mappings: config.flags & KVMPREP_VM_KEEP_MAPPINGS != 0,
                 mappings_are_kept: config.flags & KVMPREP_VM_MAPPINGS_ARE_KEPT != 0,
                 vm_type: config.vm_type,
-                gpa_shared_bit: shared_bit(config.gpa_shared_bit)?,
-                demand: decode_rule(config.alignment_rule, "config->alignment_rule")?,
+                gpa_shared_bit,
+                demand,
             };
             let vm = Vm::new(Arc::new(Linux::with_open_files()), config)?;
             write(out, Box::into_raw(Box::new(kvmprep_vm(Arc::new(vm)))), "out")?;

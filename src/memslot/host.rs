@@ -63,14 +63,15 @@ impl<'a> Occasion<'a> {
     pub fn kind(&self, slot: &Memslot, hva: u64) -> Result<Kind> {
         let mapping = self.mappings.at(hva).map_err(looking_up)?.filter(|mapping| mapping.start <= hva);
         let found = mapping.map(|mapping| self.object_of(slot, &mapping));
-        let object = slot.backing.map(|backing| backing.object).or(found).unwrap_or(MappedObject::Anonymous);
+        let object = slot.said_of_hva().map(|said| said.object).or(found).unwrap_or(MappedObject::Anonymous);
         let largest_of = |object| match object {
             MappedObject::Anonymous | MappedObject::Shmem => Level::M2,
             MappedObject::Hugetlb => mapping.map_or(Level::M2, |mapping| self.hugetlb_level(&mapping)),
             MappedObject::File | MappedObject::GuestMemfd => Level::K4,
         };
-        // A wrong word must not hide what is there.
-        let largest = largest_of(object).max(found.map_or(Level::K4, largest_of));
+        // A wrong word must not hide a pool of huge pages.
+        let pool = found.filter(|found| *found == MappedObject::Hugetlb).map_or(Level::K4, largest_of);
+        let largest = largest_of(object).max(pool);
         Ok(Kind { object, largest, is_guest_memfd: found == Some(MappedObject::GuestMemfd) })
     }
 
@@ -151,7 +152,7 @@ impl HostMemory {
 
 impl Survey<'_> {
     fn add(&mut self, mapping: &Mapping, found: Range) -> Sys<()> {
-        let said = self.slot.backing;
+        let said = self.slot.said_of_hva();
         let object = said.map_or_else(|| self.occasion.object_of(self.slot, mapping), |said| said.object);
         let shared = said.map_or(mapping.shared, |said| said.shared);
         let whole = |level, limit| Run { range: found, level, limit };

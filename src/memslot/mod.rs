@@ -90,6 +90,11 @@ impl Memslot {
         self.region.slot
     }
 
+    /// What the VMM says lies at the hva: nothing, where it says that all is in a guest_memfd that is not mapped.
+    pub fn said_of_hva(&self) -> Option<Backing> {
+        self.backing.filter(|backing| backing.object != MappedObject::GuestMemfd || backing.shared)
+    }
+
     /// Whether all of it is private, in a guest_memfd that the host has no mapping of. Where there is private memory its
     /// VMM may say so, or that none of it is; who says nothing is taken to mean all, unless the guest_memfd is mapped at
     /// its hva. KVM goes by each page's attribute, of which nothing is known here.

@@ -123,7 +123,8 @@ impl Coverage {
         self.lost_stage2(all, Loss::ZapAll);
     }
 
-    fn lost_stage2(&mut self, range: Range, why: Loss) {
+    /// The stage-2 mappings of `range` are gone.
+    pub fn lost_stage2(&mut self, range: Range, why: Loss) {
         let gone: Vec<Range> = self.stage2.read.within(range).collect();
         if gone.is_empty() {
             return;
