@@ -92,12 +92,13 @@ struct Figures {
     unseen: Vec<String>,
 }
 
-/// Fuzzes; an error where there is a finding.
-fn run(seconds: u64, seed: u32, keeps_corpus: bool) -> Result<Figures> {
+/// Fuzzes; an error where there is a finding. A run of its own shows how far it is, and goes on from what the last has
+/// collected.
+fn run(seconds: u64, seed: u32, is_alone: bool) -> Result<Figures> {
     let program = build()?;
     let directory = directory()?;
     let fresh = tempfile::tempdir_in(&directory)?;
-    let corpus = if keeps_corpus { directory.join("corpus") } else { fresh.path().join("corpus") };
+    let corpus = if is_alone { directory.join("corpus") } else { fresh.path().join("corpus") };
     let seeds = fresh.path().join("seeds");
     std::fs::create_dir_all(&corpus)?;
     write_seeds(&seeds)?;
@@ -112,9 +113,9 @@ fn run(seconds: u64, seed: u32, keeps_corpus: bool) -> Result<Figures> {
     // The library reads /proc/self/smaps, which takes the longer the more memory is waiting to be freed.
     command.env("ASAN_OPTIONS", "quarantine_size_mb=16");
     let log = directory.join("log");
-    let is_quiet = watch(&mut command, &log)?;
+    let is_without_finding = watch(&mut command, &log, is_alone)?;
     let said = String::from_utf8_lossy(&std::fs::read(&log)?).into_owned();
-    if !is_quiet {
+    if !is_without_finding {
         bail!("{}\nall of it: {}", finding(&said), log.display());
     }
     let figures = Figures { seconds, seed, ..figures(&said) };
@@ -169,8 +170,8 @@ fn next_random(state: &mut u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// Runs libFuzzer, writes what it says to a file, and shows how far it is. Returns whether it ended well.
-fn watch(command: &mut Command, log: &Path) -> Result<bool> {
+/// Runs libFuzzer, writes what it says to a file, and may show how far it is. Returns whether it ended well.
+fn watch(command: &mut Command, log: &Path, shows: bool) -> Result<bool> {
     let mut file = std::fs::File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     let mut child = command.spawn().with_context(|| format!("cannot start {command:?}"))?;
@@ -180,7 +181,10 @@ fn watch(command: &mut Command, log: &Path) -> Result<bool> {
         file.write_all(&line)?;
         file.write_all(b"\n")?;
         let line = String::from_utf8_lossy(&line);
-        if line.starts_with('#') && ["INITED", "pulse", "DONE"].iter().any(|word| line.contains(word)) {
+        if shows
+            && line.starts_with('#')
+            && ["INITED", "pulse", "DONE"].iter().any(|word| line.contains(word))
+        {
             println!("{line}");
         }
     }
