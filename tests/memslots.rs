@@ -277,6 +277,9 @@ fn a_file_on_a_tmpfs_mount_goes_by_its_mount() {
         let kernel = mapped(MappedObject::Shmem, on_mount, smaps);
         assert_eq!(expected(&kernel, &slot(1, GPA, 0, 0)), outcome, "{on_mount} {smaps}");
     }
+    let kernel = mapped(MappedObject::Shmem, true, "THPeligible: 0\nVmFlags: rd");
+    kernel.mappings.lock().unwrap()[0].offset = 0x1000;
+    assert_eq!(expected(&kernel, &slot(1, GPA, 0, 0)), (SMALL, Limit::FileOffset));
     // By its path it is any file; its descriptor tells.
     let kernel = mapped(MappedObject::File, true, "THPeligible: 1\nVmFlags: rd");
     assert_eq!(expected(&kernel, &slot(1, GPA, 0, 0)), (SMALL, Limit::Backing));

@@ -235,6 +235,8 @@ pub const KVMPREP_LIMIT_CPU: u32 = 12;
 /// Private memory of VMs of this type has pages of 4 KiB, even if its guest_memfd had larger: TDX's is added page by page,
 /// SNP's is as the RMP has it.
 pub const KVMPREP_LIMIT_VM_TYPE: u32 = 13;
+/// Shared memory, of which the hva and the offset in the file mapped there differ modulo that size.
+pub const KVMPREP_LIMIT_FILE_OFFSET: u32 = 14;
 
 /// Numbers of stage-2 mappings, by their size. Its layout is fixed for ever.
 #[repr(C)]

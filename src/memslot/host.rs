@@ -269,7 +269,7 @@ impl Survey<'_> {
     fn shmem_limit(&self, mapping: &Mapping) -> Option<Limit> {
         // A huge page of the file must be one of the address space too.
         if !Level::M2.is_aligned(mapping.start.wrapping_sub(mapping.offset)) {
-            return Some(Limit::Backing);
+            return Some(Limit::FileOffset);
         }
         let kernel = self.occasion.kernel;
         let said = self.occasion.smaps.at(mapping.start).and_then(|entry| entry.may_be_huge);

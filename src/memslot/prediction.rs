@@ -44,6 +44,8 @@ pub enum Limit {
     Cpu = 12,
     /// Private memory of VMs of this type has pages of 4 KiB.
     VmType = 13,
+    /// The hva and the offset in the file mapped there differ modulo the larger page.
+    FileOffset = 14,
 }
 
 impl Limit {
@@ -54,7 +56,7 @@ impl Limit {
 }
 
 /// How many limits there are.
-const LIMITS: usize = 14;
+const LIMITS: usize = 15;
 
 /// Mappings by their size.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -153,6 +155,7 @@ const ALL: [Limit; LIMITS] = [
     Limit::NotMapped,
     Limit::Cpu,
     Limit::VmType,
+    Limit::FileOffset,
 ];
 
 /// Bytes by limit, for each level that they are below of.

@@ -100,6 +100,7 @@ fn told(cost: Cost, range: Range, level: Level) -> String {
         Limit::Resident => "smaller pages are there already",
         Limit::Cpu => "the processor's nested paging has none that large",
         Limit::VmType => "private memory of this type of VM has pages of 4 KiB",
+        Limit::FileOffset => "the hva and the offset in the file mapped there differ modulo that",
     };
     format!("{} {why}", smaller(bytes, all, level))
 }
@@ -132,6 +133,9 @@ fn remedy(slot: &Memslot, limit: Limit, level: Level) -> Option<String> {
         }
         Limit::Resident => {
             "advise huge pages before the memory is first touched, or collapse what is there (MADV_COLLAPSE)"
+        }
+        Limit::FileOffset => {
+            return Some(format!("map the file so that hva and file offset are equal modulo {level}"));
         }
         Limit::NotMapped => "map the slot's memory first",
     };

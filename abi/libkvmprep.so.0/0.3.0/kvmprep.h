@@ -583,6 +583,11 @@
 #define KVMPREP_LIMIT_VM_TYPE 13
 
 /**
+ * Shared memory, of which the hva and the offset in the file mapped there differ modulo that size.
+ */
+#define KVMPREP_LIMIT_FILE_OFFSET 14
+
+/**
  * The guest takes no stage-2 fault on memory, on read or write. Private copies are made where the mapping is
  * private. Read-only slots are treated as with KVMPREP_INTENT_READ.
  */
