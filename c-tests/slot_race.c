@@ -526,8 +526,7 @@ static void a_slot_made_moved_flagged_and_deleted(void) {
     setting_end(&s);
 }
 
-/* What the handle can see is wrong is refused before KVM is asked; what KVM refuses leaves the slot as it
- * was. */
+/* What the handle can see is wrong is refused before KVM is asked, and leaves the slot as it was. */
 static void a_slot_refused_is_as_it_was(void) {
     struct setting s = setting_make(ANON_4K, SIZE);
     struct kvmprep_memslot slot = s.slot;
@@ -541,7 +540,7 @@ static void a_slot_refused_is_as_it_was(void) {
 
     slot = s.slot;
     slot.size = SIZE / 2; /* KVM never changes a slot's size */
-    CHECK_ERR(kvmprep_memslot_set(s.handle, &slot, &s.err), s.err, EINVAL, KVMPREP_REASON_KERNEL_REFUSED);
+    CHECK_ERR(kvmprep_memslot_set(s.handle, &slot, &s.err), s.err, EINVAL, KVMPREP_REASON_MEMSLOT_FIXED);
     CHECK_EQ(s.err.slot, MEMORY_SLOT);
     CHECK_EQ(s.err.stage, KVMPREP_STAGE_MEMSLOT);
     struct kvmprep_populate_result result = populate(&s, 0);

@@ -542,6 +542,22 @@ fn a_vm_that_cannot_be_probed_is_no_handle() {
     Vm::new(kernel, config).unwrap();
 }
 
+/// What is skipped in a slot without stage 2 is nothing of what stage 2 has to do.
+#[test]
+fn what_is_skipped_is_counted_where_it_would_have_been_done() {
+    let (kernel, vm) = vm_of(fake());
+    let half = SIZE / 2 / PAGE * PAGE;
+    let mut logged = slot(2, GPA + half, SIZE - half);
+    logged.region.flags = MEM_LOG_DIRTY_PAGES;
+    vm.set_memslots(&[slot(1, GPA, half), logged]).unwrap();
+    visit(&kernel, &Job::new(&vm, &[], Options { host_only: true, ..WRITE }).unwrap(), None);
+    let job = Job::new(&vm, &[], Options { skip_covered: true, ..WRITE }).unwrap();
+    visit(&kernel, &job, Some(5));
+    let progress = job.progress();
+    assert_eq!((progress.host_total, progress.host), (0, 0));
+    assert_eq!((progress.stage2_total, progress.stage2), (half, half));
+}
+
 #[test]
 fn a_slot_that_the_kernel_refuses_is_as_it_was() {
     let (kernel, vm) = vm_of(fake());

@@ -151,13 +151,10 @@ impl Job {
         }
         let advice_refused = options.huge_advice && !advise_huge(&*kernel, &plan);
         let event = kernel.event().map_err(|errno| Error::kernel(errno, "making the job's eventfd"))?;
-        let (queue, skipped) = fill_queue(vm, &kernel, &plan, options.skip_covered);
-        let planned = |f: &dyn Fn(&Segment) -> bool| {
-            plan.segments.iter().filter(|s| f(s)).map(|s| s.range.size()).sum::<u64>()
-        };
+        let Filled { queue, to_do, skipped } = fill_queue(vm, &kernel, &plan, options.skip_covered);
         let job = Arc::new(Self {
-            host_total: planned(&|s| s.host != HostMethod::Nothing).saturating_sub(skipped),
-            stage2_total: planned(&|s| s.stage2).saturating_sub(skipped),
+            host_total: to_do.host,
+            stage2_total: to_do.stage2,
             pages_before: pages_by_level(&*kernel, vm.fd()),
             zaps_before: vm.memory().coverage.zaps(),
             vm: Arc::clone(vm),
@@ -389,7 +386,22 @@ impl Job {
     }
 }
 
-fn fill_queue(vm: &Vm, kernel: &Arc<dyn Kernel>, plan: &Plan, skip_covered: bool) -> (Queue, u64) {
+/// A queue that was filled from a plan.
+struct Filled {
+    queue: Queue,
+    to_do: ToDo,
+    /// Bytes left out because they are covered.
+    skipped: u64,
+}
+
+/// Bytes that each stage has before it.
+#[derive(Default)]
+struct ToDo {
+    host: u64,
+    stage2: u64,
+}
+
+fn fill_queue(vm: &Vm, kernel: &Arc<dyn Kernel>, plan: &Plan, skip_covered: bool) -> Filled {
     let (mut for_host, mut for_stage2) = (RangeSet::with_capacity(64), RangeSet::with_capacity(64));
     let memory = vm.memory();
     let missing = |table, segment: &Segment| {
@@ -408,7 +420,7 @@ fn fill_queue(vm: &Vm, kernel: &Arc<dyn Kernel>, plan: &Plan, skip_covered: bool
         }
     }
     // What is mapped in stage 2 has its host side; what waits for the host comes to stage 2 by itself.
-    let mut skipped = 0;
+    let (mut skipped, mut to_do) = (0, ToDo::default());
     for segment in &plan.segments {
         if segment.stage2 {
             let gaps: RangeSet = for_stage2.within(segment.range).collect();
@@ -416,15 +428,18 @@ fn fill_queue(vm: &Vm, kernel: &Arc<dyn Kernel>, plan: &Plan, skip_covered: bool
                 for_host.remove(covered);
             });
         }
-        let to_do: RangeSet =
+        let either: RangeSet =
             for_host.within(segment.range).chain(for_stage2.within(segment.range)).collect();
-        skipped += segment.range.size() - to_do.size();
+        to_do.host += for_host.size_within(segment.range);
+        to_do.stage2 += if segment.stage2 { either.size() } else { 0 };
+        skipped += segment.range.size() - either.size();
     }
     let waiting: Vec<Range> = for_host.iter().collect();
     waiting.into_iter().for_each(|range| {
         for_stage2.remove(range);
     });
-    (Queue::new(Arc::clone(kernel), for_host, for_stage2), if skip_covered { skipped } else { 0 })
+    let queue = Queue::new(Arc::clone(kernel), for_host, for_stage2);
+    Filled { queue, to_do, skipped: if skip_covered { skipped } else { 0 } }
 }
 
 fn advise_huge(kernel: &dyn Kernel, plan: &Plan) -> bool {
