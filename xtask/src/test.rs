@@ -101,7 +101,7 @@ fn source_lane(bed: &Bed) -> Result<Lane> {
     lane.check("rustdoc", rustdoc());
     cargo_tests(&mut lane, "cargo test", &["test", "--workspace", "--no-fail-fast"], &[]);
     cargo_tests(&mut lane, "cargo test, AddressSanitizer", SANITIZED, &sanitizer_environment());
-    lane.check("fuzzing, 20 s", fuzz::check(20));
+    lane.check("fuzzing, the fixed programs", fuzz::check_seeds());
     let built = Programs::prepare()?;
     abi::check(&mut lane, &built, bed);
     lane.check("the README's example", readme_example(&built));
