@@ -112,8 +112,8 @@ pub const KVMPREP_REASON_SHARED_BIT: u32 = 41;
 pub const KVMPREP_REASON_GMEM_NOT_ONE: u32 = 42;
 /// A memslot's guest_memfd ends before the slot does (-EINVAL).
 pub const KVMPREP_REASON_GMEM_TOO_SHORT: u32 = 43;
-/// KVM refused a memslot that is right by all that the handle knows: its guest_memfd was made for another VM, or the handle
-/// was not told of a slot (-EINVAL).
+/// KVM refused a memslot that is right by all that the handle knows: its guest_memfd was made for another VM (or,
+/// where /proc cannot be read, is none), or the handle was not told of a slot (-EINVAL).
 pub const KVMPREP_REASON_GMEM_OTHER_VM: u32 = 44;
 /// Some of a memslot's part of its guest_memfd is bound to another slot, which `other_slot` names (-EEXIST; before Linux
 /// 7.2 -EINVAL).

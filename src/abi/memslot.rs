@@ -306,7 +306,7 @@ pub struct kvmprep_memslot_report {
 
 impl kvmprep_memslot_report {
     fn new(verdict: Verdict, report: Option<&Report>) -> Self {
-        let unknown = |is: bool, bit| if is { bit } else { 0 };
+        let bit_if = |is: bool, bit| if is { bit } else { 0 };
         let mut c = Self {
             change: verdict.change as u32,
             breaches: 0,
@@ -319,17 +319,16 @@ impl kvmprep_memslot_report {
             limit_1g: 0,
             limited_2m: 0,
             limited_1g: 0,
-            unknown: unknown(verdict.binds.is_some(), KVMPREP_UNKNOWN_GMEM_OWNER)
-                | unknown(verdict.binds.is_some_and(|binds| !binds.is_certain), KVMPREP_UNKNOWN_GMEM_KIND),
+            unknown: bit_if(verdict.binds.is_some(), KVMPREP_UNKNOWN_GMEM_OWNER)
+                | bit_if(verdict.binds.is_some_and(|binds| !binds.is_certain), KVMPREP_UNKNOWN_GMEM_KIND),
             reserved: 0,
             message: [0; 256],
             hint: [0; 256],
         };
         let Some(report) = report else { return c };
         let (alignment, prediction) = (&report.alignment, &report.prediction);
-        let breach = |is: bool, bit| if is { bit } else { 0 };
-        c.breaches = breach(alignment.hva_breach, KVMPREP_BREACH_HVA)
-            | breach(alignment.offset_breach, KVMPREP_BREACH_OFFSET);
+        c.breaches = bit_if(alignment.hva_breach, KVMPREP_BREACH_HVA)
+            | bit_if(alignment.offset_breach, KVMPREP_BREACH_OFFSET);
         c.alignment = alignment.level.bytes();
         c.hva_shift = alignment.hva_shift;
         c.offset_shift = alignment.offset_shift;
@@ -439,14 +438,14 @@ unsafe fn conclude(
 /// KVM_MEM_GUEST_MEMFD, would answer, with KVM's own errno, for the kernel and VM that `caps` were probed from; and what
 /// pages the slot would have. No VM is needed and nothing is changed.
 ///
-/// `caps` is what kvmprep_probe() wrote for the VM; the caller may have set `vm_type` and `gpa_shared_bit`. `existing` are
-/// the slots there are, as KVM has taken them, each once, in any order; with a guest_memfd, any descriptor of it that
-/// is still open, or -1 when all are closed. KVM's own may be among them, in each address space under the numbers
+/// `caps` is what kvmprep_probe() wrote for the VM; the caller may have set `vm_type` and `gpa_shared_bit`. `existing`
+/// are the slots there are, as KVM has taken them, each once, in any order; with a guest_memfd, any descriptor of it
+/// that is still open, or -1 when all are closed. KVM's own may be among them, in each address space under the numbers
 /// `caps->memslots` (APIC access page, at 0xfee00000), that plus 1 (task state segment, KVM_SET_TSS_ADDR) and plus 2
-/// (identity map). Whether they overlap each other is not looked at. `slot` of size 0 is a deletion. `report` may be NULL; it is written on success only. Where it is wanted,
-/// the mappings of this process behind the slot are looked at, and /proc/self/smaps may be read, which takes some 10 to 20 ms
-/// for each GiB that the process, not the slot, has in memory in pages of 4 KiB. For KVMPREP_ALIGN_CONGRUENT made strict
-/// one mapping is looked up.
+/// (identity map). Whether they overlap each other is not looked at. `slot` of size 0 is a deletion. `report` may be
+/// NULL; it is written on success only. Where it is wanted, the mappings of this process behind the slot are looked at,
+/// and /proc/self/smaps may be read, which takes some 10 to 20 ms for each GiB that the process, not the slot, has in
+/// memory in pages of 4 KiB. For KVMPREP_ALIGN_CONGRUENT made strict one mapping is looked up.
 ///
 /// Not foreseen are shortage of memory (-ENOMEM), a dead or another process's VM (-EIO), a guest_memfd of another VM's
 /// (-EINVAL, see `unknown`), and moves while a device model tracks pages (-EINVAL; KVMGT only).
@@ -526,21 +525,19 @@ pub unsafe extern "C" fn kvmprep_vm_check_memslot(
     }
 }
 
-/// Predicts the page sizes of a memslot, or of a part of it: what KVM's rules allow, what a population will get, and why
-/// no more. It speaks of nested paging; a host that shadows page tables maps by other rules. That the slot could be set is
-/// not checked. `change` and `unknown` in the report are 0; the alignment is that
-/// of KVMPREP_ALIGN_CONGRUENT.
+/// Predicts the page sizes of a memslot, or of a part of it: what KVM's rules allow, what a population will get, and
+/// why no more. It speaks of nested paging; a host that shadows page tables maps by other rules. That the slot could be
+/// set is not checked. `change` and `unknown` in the report are 0; the alignment is that of KVMPREP_ALIGN_CONGRUENT.
 ///
 /// `range` is the part, or NULL for the whole slot. `private_memory` are the ranges of guest memory whose attribute is
 /// KVM_MEMORY_ATTRIBUTE_PRIVATE, in any order, in the slot or not; NULL: what `slot->backing` says, so that with
 /// KVMPREP_BACKING_AUTO a slot with a guest_memfd is all private in a VM that has private memory. For "none", pass any
 /// pointer and 0.
 ///
-/// Threads: any. Looks at mappings as kvmprep_memslot_check() does. Returns 0, or -EINVAL (a pointer NULL or misaligned, a
-/// bad size or value, a slot that is malformed or has size 0, a range that is malformed or not in the slot), -EBADF (a
-/// negative guest_memfd), -E2BIG (newer `caps`), -EACCES, -ENOENT, -EMFILE or -ENFILE
-/// (/proc/self/maps cannot be opened). Since
-/// kvmprep 0.3.
+/// Threads: any. Looks at mappings as kvmprep_memslot_check() does. Returns 0, or -EINVAL (a pointer NULL or
+/// misaligned, a bad size or value, a slot that is malformed or has size 0, a range that is malformed or not in the
+/// slot), -EBADF (a negative guest_memfd), -E2BIG (newer `caps`), -EACCES, -ENOENT, -EMFILE or -ENFILE (/proc/self/maps
+/// cannot be opened). Since kvmprep 0.3.
 ///
 /// # Safety
 /// `caps` points to `caps_size` bytes, `slot` to a kvmprep_memslot, `range` to a kvmprep_range or is NULL,

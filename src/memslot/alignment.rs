@@ -3,8 +3,8 @@
 //! Where each comes from:
 //! - congruent: KVM gives a slot no page of a size modulo which its gpa and its hva differ (kvm_alloc_memslot_metadata,
 //!   arch/x86/kvm/x86.c). Larger sizes than the backing has do not matter.
-//! - size: what KVM's maintainer proposed for restricted memory (linux-arch, 2023-04-25): the offset into the guest_memfd is aligned
-//!   to the largest page that the slot's size allows.
+//! - size: what KVM's maintainer proposed for restricted memory (linux-arch, 2023-04-25): the offset into the guest_memfd
+//!   is aligned to the largest page that the slot's size allows.
 //! - slot: the looser form that he allowed: the largest page that the slot as a whole allows, its gpa included.
 //! - kernel: the offset is aligned to 4 KiB; that is KVM's own rule today, and `check`'s to enforce.
 //!
