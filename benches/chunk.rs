@@ -7,8 +7,10 @@
 //!
 //! usage: chunk CHUNKS
 
+mod heap;
 mod willing;
 
+use heap::ALLOCATIONS;
 use kvmprep::kvm::{Kernel, Region};
 use kvmprep::memslot::{Memslot, Nature};
 use kvmprep::populate::job::{Job, Leave, Options, Worker};
@@ -18,7 +20,7 @@ use kvmprep::vm::{Config, Vm};
 use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use willing::{ALLOCATIONS, HVA, Willing};
+use willing::{HVA, Willing};
 
 const GPA: u64 = 4 << 30;
 const FILE: RawFd = 100;
@@ -51,6 +53,7 @@ fn main() {
         skip_covered: false,
         dirty_logged_too: false,
         exact: false,
+        for_conversion: false,
         timeout: None,
     };
     let before = ALLOCATIONS.load(Relaxed);

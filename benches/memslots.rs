@@ -5,8 +5,10 @@
 //!
 //! usage: memslots SLOTS [list]
 
+mod heap;
 mod willing;
 
+use heap::ALLOCATIONS;
 use kvmprep::kvm::{Kernel, Region};
 use kvmprep::memslot::{Memslot, Nature};
 use kvmprep::range::PAGE;
@@ -14,7 +16,7 @@ use kvmprep::vm::{Config, Vm};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
-use willing::{ALLOCATIONS, HVA, Willing};
+use willing::{HVA, Willing};
 
 /// A prime beside any number of slots: its multiples visit all places in an order that is none.
 const STRIDE: u64 = 7919;

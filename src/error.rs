@@ -78,6 +78,19 @@ reasons! {
     FlagsUnsupported = 46, c"flags-unsupported";
     MemslotMisaligned = 47, c"memslot-misaligned";
     RangeInexact = 48, c"range-inexact";
+    NoGmem = 49, c"no-gmem";
+    NoPrivateMemory = 50, c"no-private-memory";
+    ConvertTooLarge = 51, c"convert-too-large";
+    CallbackFailed = 52, c"callback-failed";
+    Claimed = 53, c"claimed";
+    NotClaimed = 54, c"not-claimed";
+    NotPrivate = 55, c"not-private";
+    Sealed = 56, c"sealed";
+    NotSealed = 57, c"not-sealed";
+    GmemUnused = 58, c"gmem-unused";
+    GmemElsewhere = 59, c"gmem-elsewhere";
+    WouldDeadlock = 60, c"would-deadlock";
+    FirmwareRefused = 61, c"firmware-refused";
 }
 
 /// Where in the work something failed.
@@ -92,6 +105,12 @@ pub enum Stage {
     Host = 2,
     /// The guest's stage-2 page tables.
     Stage2 = 3,
+    /// Memory was becoming private or shared.
+    Attributes = 4,
+    /// Memory that is out of sight was being given up.
+    Drop = 5,
+    /// The initial image was being made.
+    Launch = 6,
 }
 
 /// What was wrong, where, and what to do.
@@ -109,6 +128,8 @@ pub struct Error {
     pub other_slot: Option<u32>,
     /// The guest range concerned.
     pub range: Option<Range>,
+    /// The code of a confidential VM's firmware; 0 where there is none.
+    pub firmware: u64,
     /// One sentence: what was wrong.
     pub message: String,
     /// One sentence: what to do.
@@ -128,6 +149,7 @@ impl Error {
             slot: None,
             other_slot: None,
             range: None,
+            firmware: 0,
             message: message.into(),
             hint: Cow::Borrowed(""),
         }
@@ -138,23 +160,34 @@ impl Error {
         Self::new(libc::EINVAL, reason, message)
     }
 
-    /// The kernel's own refusal of `what`, where no better reason is known.
+    /// KVM's own refusal of `what`, where no better reason is known.
     pub fn kernel(errno: Errno, what: &str) -> Self {
-        let reason = match errno.0 {
-            libc::EBADF => Reason::BadFd,
-            libc::EIO => Reason::VmDead,
-            libc::EINTR => Reason::Interrupted,
-            _ => Reason::KernelRefused,
-        };
-        let error = Self::new(errno.0, reason, format!("{what}: {errno}"));
-        match reason {
-            Reason::BadFd => error.hint("pass a file descriptor that is open and of the kind the call needs"),
-            Reason::VmDead => error.hint(
-                "the VM is dead, or belongs to another process (after fork, use it in the parent only)",
-            ),
-            Reason::Interrupted => error.hint("call again: nothing was lost"),
-            _ => error,
+        let error = Self::system(errno, what);
+        if errno.0 != libc::EIO {
+            return error;
         }
+        Self { reason: Reason::VmDead, ..error }
+            .hint("the VM is dead, or belongs to another process (after fork, use it in the parent only)")
+    }
+
+    /// The refusal of `what` by a part of the kernel that knows nothing of VMs.
+    pub fn system(errno: Errno, what: &str) -> Self {
+        let (reason, hint) = match errno.0 {
+            libc::EBADF => {
+                (Reason::BadFd, "pass a file descriptor that is open and of the kind the call needs")
+            }
+            libc::EINTR => (Reason::Interrupted, "call again: nothing was lost"),
+            libc::EMFILE | libc::ENFILE => (Reason::KernelRefused, "raise the limit on open files"),
+            libc::ENOMEM => (
+                Reason::KernelRefused,
+                "free memory on the host, or raise the cgroup's limit, and call again",
+            ),
+            libc::EPERM | libc::EACCES => {
+                (Reason::KernelRefused, "see what forbids it: permissions, seals, a seccomp filter")
+            }
+            _ => (Reason::KernelRefused, "see the kernel's log, remove the cause, and call again"),
+        };
+        Self::new(errno.0, reason, format!("{what}: {errno}")).hint(hint)
     }
 
     /// Says what to do.

@@ -18,5 +18,6 @@ pub mod level;
 pub mod memslot;
 pub mod panics;
 pub mod populate;
+pub mod private;
 pub mod range;
 pub mod vm;

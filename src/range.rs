@@ -63,6 +63,30 @@ impl std::fmt::Display for Range {
     }
 }
 
+/// Guest memory of which parts are private.
+pub trait PrivateMemory {
+    /// The first part of `range` that is private.
+    fn first_private(&self, range: Range) -> Option<Range>;
+
+    /// All parts of `range` that are private, in order. So many that `range` should be a chunk, not a guest.
+    fn private_parts(&self, range: Range) -> Vec<Range> {
+        let next = |part: &Range| self.first_private(Range::between(part.end, range.end)?);
+        std::iter::successors(self.first_private(range), next).collect()
+    }
+
+    /// How many bytes of `range` are private.
+    fn private_size(&self, range: Range) -> u64 {
+        let next = |part: &Range| self.first_private(Range::between(part.end, range.end)?);
+        std::iter::successors(self.first_private(range), next).map(|part| part.size()).sum()
+    }
+}
+
+impl PrivateMemory for RangeSet {
+    fn first_private(&self, range: Range) -> Option<Range> {
+        self.within(range).next()
+    }
+}
+
 /// A set of addresses, kept as sorted ranges that neither overlap nor touch.
 ///
 /// A queue of work is taken from its front and grows at its back, so the ranges live in a ring: both are

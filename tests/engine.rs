@@ -33,6 +33,7 @@ const WRITE: Options = Options {
     skip_covered: false,
     dirty_logged_too: false,
     exact: false,
+    for_conversion: false,
     timeout: None,
 };
 
@@ -362,7 +363,7 @@ fn the_deletion_of_another_slot_costs_stage_2_only() {
     let other = slot(9, 1 << 36, 0x1000);
     vm.note(&other).unwrap();
     visit(&kernel, &Job::new(&vm, &[GUEST], WRITE).unwrap(), Some(5));
-    vm.changing(9);
+    vm.changing(9).unwrap();
     vm.note(&slot(9, GPA, 0)).unwrap();
     let (_, covered) = vm.coverage(GUEST);
     assert_eq!((covered.host, covered.stage2_read, covered.lost), (SIZE, 0, SIZE));
@@ -384,7 +385,7 @@ fn memory_is_not_touched_after_its_change_was_announced() {
         let job = Job::new(&vm, &[], WRITE).unwrap();
         job.spawn(&[5, 6], 1).unwrap();
         std::thread::sleep(Duration::from_micros(round * 7));
-        vm.changing(2);
+        vm.changing(2).unwrap();
         kernel.forbidden.lock().unwrap().insert(gone);
         job.wait(None).unwrap();
         job.join_library(&mut |_| {});
@@ -398,7 +399,7 @@ fn memory_is_not_touched_after_its_change_was_announced() {
 fn no_pre_fault_begins_between_a_change_s_announcement_and_its_note() {
     let (kernel, vm) = vm_of(fake());
     vm.note(&slot(9, 1 << 36, 0x1000)).unwrap();
-    vm.changing(9);
+    vm.changing(9).unwrap();
     let job = Job::new(&vm, &[GUEST], WRITE).unwrap();
     assert_eq!(visit(&kernel, &job, Some(5)), Leave::Ended);
     let error = job.verdict().unwrap_err();
@@ -413,7 +414,7 @@ fn no_pre_fault_begins_between_a_change_s_announcement_and_its_note() {
 #[test]
 fn a_slot_that_is_changing_is_left_out_or_refused_by_name() {
     let (kernel, vm) = vm_of(fake());
-    vm.changing(1);
+    vm.changing(1).unwrap();
     let job = Job::new(&vm, &[], WRITE).unwrap();
     visit(&kernel, &job, Some(5));
     assert_eq!(job.remaining().size(), SIZE);
@@ -609,7 +610,7 @@ fn a_job_that_all_its_vcpus_refuse_ends_even_when_a_visitor_leaves_last() {
         let job = Job::new(&vm, &[], WRITE).unwrap();
         job.spawn(&[5], 0).unwrap();
         visit(&kernel, &job, None);
-        job.wait(Some(Duration::from_secs(10))).expect("the job ends");
+        job.wait(Some(Duration::from_secs(120))).expect("the job ends");
         job.join_library(&mut |_| {});
         assert_eq!(job.report().stage2_state, Stage2State::VcpusRefused);
     }
@@ -669,7 +670,7 @@ fn a_discard_inside_a_huge_page_loses_all_of_it() {
 fn patience_is_a_matter_of_time_and_names_its_cause() {
     let (kernel, vm) = vm_of(fake());
     vm.note(&slot(7, 1 << 36, 0x1000)).unwrap();
-    vm.changing(7);
+    vm.changing(7).unwrap();
     let job = Job::new(&vm, &[GUEST], WRITE).unwrap();
     let began = std::time::Instant::now();
     visit(&kernel, &job, Some(5));

@@ -29,6 +29,7 @@ const HOST_ONLY: Options = Options {
     skip_covered: false,
     dirty_logged_too: false,
     exact: false,
+    for_conversion: false,
     timeout: None,
 };
 
@@ -91,7 +92,9 @@ fn where_a_look_costs_all_mappings_a_plan_takes_one_and_each_plan_its_own() {
             start: HVA + at * SIZE / pieces / PAGE * PAGE,
             end: HVA + (at + 1) * SIZE / pieces / PAGE * PAGE,
             offset: 0,
+            inode: 0,
             on_mount: false,
+            readable: true,
             writable: true,
             shared: at % 2 == 0,
             page_size: 0,
@@ -100,8 +103,13 @@ fn where_a_look_costs_all_mappings_a_plan_takes_one_and_each_plan_its_own() {
         .collect();
     let mut record = SlotRecord::default();
     record.replace(&slot(), None);
-    let wish =
-        Wish { intent: Intent::Write, stage2: true, dirty_logged_too: false, has_private_memory: true };
+    let wish = Wish {
+        intent: Intent::Write,
+        stage2: true,
+        dirty_logged_too: false,
+        has_private_memory: true,
+        told: None,
+    };
     let before = kernel.calls.load(Ordering::Relaxed);
     let plan = Plan::new(&kernel, &record, &[], wish).unwrap();
     assert_eq!(kernel.calls.load(Ordering::Relaxed) - before, 1);
@@ -120,10 +128,21 @@ fn a_guest_memfd_of_a_vm_without_private_memory_is_not_what_the_guest_sees() {
     slot.region.flags = MEM_GUEST_MEMFD;
     slot.region.guest_memfd = 7;
     record.replace(&slot, None);
-    for (has_private_memory, host) in [(true, HostMethod::Allocate), (false, HostMethod::PopulateWrite)] {
-        let wish = Wish { intent: Intent::Write, stage2: true, dirty_logged_too: false, has_private_memory };
+    for has_private_memory in [true, false] {
+        let wish = Wish {
+            intent: Intent::Write,
+            stage2: true,
+            dirty_logged_too: false,
+            has_private_memory,
+            told: None,
+        };
         let plan = Plan::new(&anonymous(), &record, &[], wish).unwrap();
-        assert_eq!(plan.segments[0].host, host);
+        let segment = &plan.segments[0];
+        let private: Vec<Range> = Some(segment.range).filter(|_| has_private_memory).into_iter().collect();
+        assert_eq!(segment.private_parts(segment.range, None), private, "all of it, while nobody has said");
+        let side = segment.private_side(segment.range).map(|side| (side.host, side.file));
+        assert_eq!(side, has_private_memory.then_some((HostMethod::Allocate, Some((7, 0)))));
+        assert_eq!(segment.host, HostMethod::PopulateWrite);
     }
 }
 
@@ -149,8 +168,13 @@ fn shared_memory_that_may_have_huge_pages_is_not_allocated_first() {
         kernel.files.extend(of_2m.map(|of_2m| (OF_2M.to_string(), policy(of_2m))));
         let mut record = SlotRecord::default();
         record.replace(&Memslot { file: Some((7, 0)), ..slot() }, None);
-        let wish =
-            Wish { intent: Intent::Write, stage2: true, dirty_logged_too: false, has_private_memory: false };
+        let wish = Wish {
+            intent: Intent::Write,
+            stage2: true,
+            dirty_logged_too: false,
+            has_private_memory: false,
+            told: None,
+        };
         let plan = Plan::new(&kernel, &record, &[], wish).unwrap();
         assert_eq!(plan.segments[0].host, host, "{all} {of_2m:?}");
     }

@@ -320,7 +320,7 @@ fn exact_believes_only_who_says_that_memory_is_private() {
         let mut record = SlotRecord::default();
         record.replace(&Memslot { backing, ..slot(1, GPA, MEM_GUEST_MEMFD, 0) }, None);
         let caps = Caps { memory_attributes: attributes, ..caps([7, 3, 0]) };
-        let checked = exact::check(&kernel(), &caps, &record, &part);
+        let checked = exact::check(&kernel(), &caps, &record, &part, None);
         assert_eq!(checked.is_ok(), is_exact, "{attributes} {backing:?}");
         if let Err(error) = checked {
             assert_eq!((error.reason, error.slot), (Reason::RangeInexact, Some(1)));

@@ -1,4 +1,4 @@
-//! What benchmarks stand on: a kernel that answers every call with success and does nothing, and a heap that counts.
+//! What benchmarks stand on: a kernel that answers every call with success and does nothing.
 
 #![allow(dead_code, reason = "each benchmark needs a part")]
 
@@ -6,39 +6,9 @@ use kvmprep::kvm::{
     Access, Errno, ExitRequest, FileKind, FileStatus, Kernel, MappedObject, Mapping, Region, Stats, Sys,
 };
 use kvmprep::range::Range;
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::os::fd::{OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
-
-/// Counts what is asked of the heap.
-struct Counting;
-
-/// How often the heap was asked.
-pub static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
-
-#[global_allocator]
-static HEAP: Counting = Counting;
-
-// SAFETY: every call is passed on to the system's allocator as it is.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Relaxed);
-        // SAFETY: the caller's promises are the system allocator's.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        // SAFETY: as above.
-        unsafe { System.dealloc(at, layout) }
-    }
-
-    unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Relaxed);
-        // SAFETY: as above.
-        unsafe { System.realloc(at, layout, size) }
-    }
-}
 
 const KVM_CAP_NR_MEMSLOTS: u32 = 10;
 
@@ -111,7 +81,9 @@ impl Kernel for Willing {
             start: HVA,
             end: u64::MAX,
             offset: 0,
+            inode: 0,
             on_mount: false,
+            readable: true,
             writable: true,
             shared: true,
             page_size: 4096,

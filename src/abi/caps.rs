@@ -205,7 +205,8 @@ impl Patience for OneCall<'_> {
 /// Threads: the one that owns the vCPU. The call waits, unkillable by ordinary signals, while another thread is in
 /// KVM_RUN on this vCPU; and, until a signal comes, for memory registered with userfaultfd. A failed call overwrites
 /// the exit reason in kvm_run: make it with no userspace exit pending. When: after KVM_SET_CPUID2 (which may change
-/// the number of page-table levels), not in SMM, not while a nested guest runs, and not while any memslot is deleted
+/// the number of page-table levels), not in SMM and not while a nested guest runs (neither is looked for here: KVM fills
+/// page tables of no use afterwards, or refuses where the nested guest has its own), and not while any memslot is deleted
 /// or moved, unless mappings are kept (kvmprep_keep_mappings()): else the kernel spins in this call until a signal
 /// comes (Linux 6.11 to 7.3 at least), and the deletion may wait for it. Before Linux 6.15, wherever there is a
 /// pre-fault, a deletion of the past would do the same to a vCPU that has not been in KVM_RUN since: there the

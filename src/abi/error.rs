@@ -4,7 +4,7 @@ use crate::error::{Error, Reason};
 use std::ffi::c_char;
 
 /// Major, minor and patch version of this header, as kvmprep_version() encodes them.
-pub const KVMPREP_VERSION: u32 = 0x0000_0300;
+pub const KVMPREP_VERSION: u32 = 0x0000_0400;
 
 /// In `slot` and `other_slot`: no slot is concerned.
 pub const KVMPREP_NO_SLOT: u32 = 0xffff_ffff;
@@ -17,6 +17,12 @@ pub const KVMPREP_STAGE_MEMSLOT: u32 = 1;
 pub const KVMPREP_STAGE_HOST: u32 = 2;
 /// The guest's stage-2 page tables were being filled.
 pub const KVMPREP_STAGE_STAGE2: u32 = 3;
+/// Memory was being made private or shared. Since kvmprep 0.4, as all that follow.
+pub const KVMPREP_STAGE_ATTRIBUTES: u32 = 4;
+/// Memory that has gone out of sight was being given up.
+pub const KVMPREP_STAGE_DROP: u32 = 5;
+/// The initial image of a confidential guest was being made.
+pub const KVMPREP_STAGE_LAUNCH: u32 = 6;
 
 /// No error.
 pub const KVMPREP_REASON_NONE: u32 = 0;
@@ -41,9 +47,10 @@ pub const KVMPREP_REASON_RANGE_EMPTY: u32 = 8;
 pub const KVMPREP_REASON_RANGE_UNALIGNED: u32 = 9;
 /// A range wraps (-EINVAL).
 pub const KVMPREP_REASON_RANGE_OVERFLOW: u32 = 10;
-/// A range ends beyond the guest's address width (-EINVAL).
+/// A range ends beyond the guest's address width (-EINVAL); or there are no more addresses to tell of (-ENOENT from
+/// kvmprep_visibility_next()).
 pub const KVMPREP_REASON_RANGE_BEYOND_GUEST: u32 = 11;
-/// No memslot lies there (-ENOENT).
+/// No memslot lies there (-ENOENT; -EINVAL where the memory was to be private, or part of the initial image).
 pub const KVMPREP_REASON_NO_MEMSLOT: u32 = 12;
 /// Two memslots of one address space overlap; `other_slot` names the other (-EEXIST).
 pub const KVMPREP_REASON_MEMSLOT_OVERLAP: u32 = 13;
@@ -56,7 +63,8 @@ pub const KVMPREP_REASON_MEMSLOT_USERFAULTFD: u32 = 15;
 pub const KVMPREP_REASON_MEMSLOT_DIRTY_LOGGED: u32 = 16;
 /// The memslot is device memory, which cannot be populated (-EINVAL).
 pub const KVMPREP_REASON_MEMSLOT_DEVICE: u32 = 17;
-/// Nothing is mapped behind the guest's memory, or its file is too short (-EFAULT).
+/// Nothing is mapped behind the guest's memory, or its file is too short, or the content of a page of the initial image
+/// cannot be read (-EFAULT).
 pub const KVMPREP_REASON_NO_HOST_MAPPING: u32 = 18;
 /// The guest may write the memory, but its mapping cannot be written (-EACCES).
 pub const KVMPREP_REASON_HOST_MAPPING_READ_ONLY: u32 = 19;
@@ -71,10 +79,10 @@ pub const KVMPREP_REASON_KERNEL_REFUSED: u32 = 23;
 /// Stage 2 was required, and this kernel, host or VM has no pre-fault, or no vCPU was given; or
 /// kvmprep_vcpu_pre_fault() found that this kernel has none (-EOPNOTSUPP).
 pub const KVMPREP_REASON_NO_STAGE2: u32 = 24;
-/// The vCPU cannot pre-fault now: a nested guest, or a confidential VM that is not finalised; or SMM, where KVM would
-/// fill the wrong page tables, and where the library looks once for each thread that comes with a vCPU, before its
-/// first pre-fault (-EOPNOTSUPP). From kvmprep_vcpu_pre_fault() it may also be that the host has no nested paging, for
-/// which the kernel answers the same: ask kvmprep_probe() before trying again.
+/// The vCPU cannot pre-fault now: its confidential VM is not finalised; or it is in SMM or runs a nested guest, where
+/// KVM would fill page tables that are of no use afterwards. The library looks for both once for each thread that
+/// comes with a vCPU, before its first pre-fault (-EOPNOTSUPP). From kvmprep_vcpu_pre_fault() it may also be that the
+/// host has no nested paging, for which the kernel answers the same: ask kvmprep_probe() before trying again.
 pub const KVMPREP_REASON_VCPU_REFUSED: u32 = 25;
 /// A signal came, or kvm_run.immediate_exit is set (-EINTR).
 pub const KVMPREP_REASON_INTERRUPTED: u32 = 26;
@@ -106,7 +114,7 @@ pub const KVMPREP_REASON_MEMSLOT_TOO_LARGE: u32 = 38;
 pub const KVMPREP_REASON_HVA_NOT_USER: u32 = 39;
 /// A memslot ends beyond what this host's physical addresses reach (-EINVAL).
 pub const KVMPREP_REASON_MEMSLOT_BEYOND_HOST: u32 = 40;
-/// A memslot's addresses have TDX's shared bit (-EINVAL).
+/// A memslot's addresses, or a range's, have TDX's shared bit (-EINVAL).
 pub const KVMPREP_REASON_SHARED_BIT: u32 = 41;
 /// A memslot's guest_memfd is another kind of file (-EINVAL).
 pub const KVMPREP_REASON_GMEM_NOT_ONE: u32 = 42;
@@ -124,6 +132,32 @@ pub const KVMPREP_REASON_FLAGS_UNSUPPORTED: u32 = 46;
 pub const KVMPREP_REASON_MEMSLOT_MISALIGNED: u32 = 47;
 /// KVM may map more than a range that was to be populated exactly (-EINVAL); the range told is wide enough.
 pub const KVMPREP_REASON_RANGE_INEXACT: u32 = 48;
+/// Memory was to be private, or is to be put into the initial image, whose memslot has no guest_memfd (-EINVAL).
+pub const KVMPREP_REASON_NO_GMEM: u32 = 49;
+/// This VM has no private memory, or no guest_memfd (-EOPNOTSUPP).
+pub const KVMPREP_REASON_NO_PRIVATE_MEMORY: u32 = 50;
+/// A conversion is of more than the caller allows in one call (-EINVAL).
+pub const KVMPREP_REASON_CONVERT_TOO_LARGE: u32 = 51;
+/// The caller's own function, told of a conversion, has failed (what it returned).
+pub const KVMPREP_REASON_CALLBACK_FAILED: u32 = 52;
+/// Memory was claimed for the initial image before (-EEXIST); the range told is the earlier claim.
+pub const KVMPREP_REASON_CLAIMED: u32 = 53;
+/// Memory is to be given back that was not claimed (-ENOENT).
+pub const KVMPREP_REASON_NOT_CLAIMED: u32 = 54;
+/// Memory of the initial image is shared (-EINVAL).
+pub const KVMPREP_REASON_NOT_PRIVATE: u32 = 55;
+/// The initial image is closed (-EPERM).
+pub const KVMPREP_REASON_SEALED: u32 = 56;
+/// KVM pre-faults nothing of such a VM before its initial image is closed (-EOPNOTSUPP).
+pub const KVMPREP_REASON_NOT_SEALED: u32 = 57;
+/// KVM would take a guest_memfd and never use it: it cannot be mapped, and the VM has no private memory (-EINVAL).
+pub const KVMPREP_REASON_GMEM_UNUSED: u32 = 58;
+/// A guest_memfd serves all of a memslot's memory, and the memory at the memslot's hva is another (-EINVAL).
+pub const KVMPREP_REASON_GMEM_ELSEWHERE: u32 = 59;
+/// A call from inside the caller's own function would wait for that function's end (-EDEADLK).
+pub const KVMPREP_REASON_WOULD_DEADLOCK: u32 = 60;
+/// The firmware or TDX module refused (-EIO; its own code is in `firmware_error`).
+pub const KVMPREP_REASON_FIRMWARE_REFUSED: u32 = 61;
 
 /// What was wrong, where, and what to do.
 ///
@@ -190,6 +224,7 @@ impl From<&Error> for kvmprep_error {
             other_slot: error.other_slot.unwrap_or(KVMPREP_NO_SLOT),
             gpa: error.range.map_or(0, |range| range.start),
             size: error.range.map_or(0, |range| range.size()),
+            firmware_error: error.firmware,
             message: c_text(&error.message),
             hint: c_text(&error.hint),
             ..Self::none()

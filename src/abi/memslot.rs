@@ -9,18 +9,20 @@ use crate::kvm::caps::Caps;
 use crate::kvm::{FileId, Kernel, Linux, Region};
 use crate::memslot::alignment::{Demand, Rule};
 use crate::memslot::check::{self, Change, Descriptor, Verdict};
+use crate::memslot::guest_memfd::Pitfall;
 use crate::memslot::prediction::Counts;
-use crate::memslot::report::{Report, report};
+use crate::memslot::report::{Report, report as report_on};
 use crate::memslot::{Backing, Memslot, Nature, SlotId, Slots, address_space};
-use crate::range::{Range, RangeSet};
+use crate::range::{PrivateMemory, Range, RangeSet};
 use std::ffi::{c_char, c_int};
 
-/// Find out from the kernel what lies behind the slot. A slot with a guest_memfd that is not mapped at its hva is
-/// taken for KVMPREP_BACKING_GUEST_MEMFD, all of it private, where the VM has private memory (VM types
-/// SW_PROTECTED, SNP, TDX); a slot whose memory is shared now, or in part, must say so by naming what is at its hva.
-/// Conversions are not followed. In other VMs such a guest_memfd is not what the guest sees, and the slot is
-/// populated by its hva. What is said with another value is believed, for the method and for the report; each
-/// mapping is looked up all the same, when a job is made.
+/// Find out from the kernel what lies behind the slot. What is said with another value is believed, for the method and for
+/// the report; each mapping is looked up all the same, when a job is made.
+///
+/// What of a slot with a guest_memfd is private, in a VM with private memory (types SW_PROTECTED, SNP, TDX), the handle
+/// knows from its conversions and from kvmprep_visibility_note(). Only while it was never told anything, the backing
+/// decides for the whole slot: with this value it is taken to be private, unless the guest_memfd is mapped at the hva.
+/// In other VMs such a guest_memfd is not what the guest sees, and the slot is populated by its hva.
 pub const KVMPREP_BACKING_AUTO: u32 = 0;
 /// Anonymous private memory; with or without transparent huge pages.
 pub const KVMPREP_BACKING_ANONYMOUS: u32 = 1;
@@ -38,7 +40,8 @@ pub const KVMPREP_BACKING_HUGETLB_SHARED: u32 = 6;
 pub const KVMPREP_BACKING_HUGETLB_PRIVATE: u32 = 7;
 /// guest_memfd that is mapped at the slot's hva and serves shared accesses too (Linux 6.18 or newer).
 pub const KVMPREP_BACKING_GUEST_MEMFD_SHARED: u32 = 8;
-/// guest_memfd whose pages the host cannot see (Linux 6.8).
+/// guest_memfd whose pages the host cannot see (Linux 6.8). Once the handle was told of private memory it says no more than
+/// KVMPREP_BACKING_AUTO.
 pub const KVMPREP_BACKING_GUEST_MEMFD: u32 = 9;
 
 /// Only parts of the slot are in use (virtio-mem): it is populated only where ranges name it.
@@ -76,9 +79,10 @@ pub struct kvmprep_memslot {
     pub backing: u32,
     /// KVMPREP_MEMSLOT_*.
     pub attributes: u32,
-    /// With KVMPREP_MEMSLOT_MEMORY_FD: the file that is mapped at `hva`. It stays the caller's and open while
-    /// jobs over the slot live. With it, shared memfd memory is allocated before it is populated, which saves some
-    /// percent, and a shortage of huge pages can be told from a file that is too short.
+    /// With KVMPREP_MEMSLOT_MEMORY_FD: the file that is mapped at `hva`. It stays the caller's, and open
+    /// as long as the handle knows the slot. With it, shared memfd memory is allocated before it is populated, which saves
+    /// some percent, a shortage of huge pages can be told from a file that is too short, and locked memory can be given up
+    /// by a conversion.
     pub memory_fd: i32,
     /// With KVMPREP_MEMSLOT_MEMORY_FD: the file offset that is mapped at `hva`, in bytes.
     pub memory_fd_offset: u64,
@@ -206,6 +210,14 @@ pub const KVMPREP_UNKNOWN_GMEM_OWNER: u32 = 1;
 /// Whether the descriptor is a guest_memfd at all, since /proc/self/fd cannot be read: if not, KVM will answer EINVAL.
 pub const KVMPREP_UNKNOWN_GMEM_KIND: u32 = 2;
 
+/// KVM never uses the guest_memfd: the VM has no private memory, and the file was made without KVMPREP_GMEM_MMAP. With
+/// KVMPREP_ALIGN_STRICT an error: GMEM_UNUSED. Since kvmprep 0.4.
+pub const KVMPREP_WARNING_GMEM_UNUSED: u32 = 1;
+/// The guest_memfd, made with KVMPREP_GMEM_MMAP, serves all of the guest's accesses, and the memory at `hva` is another: KVM's
+/// own accesses (emulation, para-virtual clocks) and the VMM's go there. With KVMPREP_ALIGN_STRICT an error: GMEM_ELSEWHERE.
+/// Since kvmprep 0.4.
+pub const KVMPREP_WARNING_GMEM_ELSEWHERE: u32 = 2;
+
 /// All of it is in pages of that size or larger.
 pub const KVMPREP_LIMIT_NONE: u32 = 0;
 /// The slot does not hold a whole page of that size there: its head and tail.
@@ -295,9 +307,9 @@ pub struct kvmprep_memslot_report {
     pub limited_1g: u64,
     /// KVMPREP_UNKNOWN_*: what only the kernel can say.
     pub unknown: u32,
-    /// Zero.
-    pub reserved: u32,
-    /// One sentence on what breaks the alignment rule, else on the limit that costs most, NUL-terminated; empty when there is
+    /// KVMPREP_WARNING_*: what KVM would take and nobody means. Zero before kvmprep 0.4.
+    pub warnings: u32,
+    /// One sentence on a warning, on what breaks the alignment rule, else on the limit that costs most, NUL-terminated; empty when there is
     /// none that a change would lift.
     pub message: [c_char; 256],
     /// The smallest change that lifts it, NUL-terminated; empty when `message` is.
@@ -321,12 +333,17 @@ impl kvmprep_memslot_report {
             limited_1g: 0,
             unknown: bit_if(verdict.binds.is_some(), KVMPREP_UNKNOWN_GMEM_OWNER)
                 | bit_if(verdict.binds.is_some_and(|binds| !binds.is_certain), KVMPREP_UNKNOWN_GMEM_KIND),
-            reserved: 0,
+            warnings: 0,
             message: [0; 256],
             hint: [0; 256],
         };
         let Some(report) = report else { return c };
         let (alignment, prediction) = (&report.alignment, &report.prediction);
+        c.warnings = match report.pitfall {
+            None => 0,
+            Some(Pitfall::Unused) => KVMPREP_WARNING_GMEM_UNUSED,
+            Some(Pitfall::Elsewhere) => KVMPREP_WARNING_GMEM_ELSEWHERE,
+        };
         c.breaches = bit_if(alignment.hva_breach, KVMPREP_BREACH_HVA)
             | bit_if(alignment.offset_breach, KVMPREP_BREACH_OFFSET);
         c.alignment = alignment.level.bytes();
@@ -418,15 +435,16 @@ unsafe fn conclude(
     kernel: &dyn Kernel,
     caps: &Caps,
     slot: &Memslot,
+    private: Option<&dyn PrivateMemory>,
     demand: Demand,
     verdict: Verdict,
     (report, report_size): (*mut kvmprep_memslot_report, usize),
 ) -> Result<c_int> {
-    demand.check(kernel, slot, verdict.change)?;
+    demand.check(kernel, caps, slot, verdict.change)?;
     if !report.is_null() {
         // A deletion leaves nothing to report on.
         let whole =
-            slot.range().map(|range| self::report(kernel, caps, slot, range, None, demand)).transpose()?;
+            slot.range().map(|range| report_on(kernel, caps, slot, range, private, demand)).transpose()?;
         let written = kvmprep_memslot_report::new(verdict, whole.as_ref());
         // SAFETY: passed on from the caller.
         unsafe { write_sized(report, report_size, &written, "report")? };
@@ -486,7 +504,7 @@ pub unsafe extern "C" fn kvmprep_memslot_check(
             let kernel = Linux::default();
             let listed = Listed { slots: existing, kernel: &kernel };
             let verdict = check::check(&caps, &listed, &slot, check::look(&kernel, &slot))?;
-            conclude(&kernel, &caps, &slot, demand, verdict, (report, report_size))
+            conclude(&kernel, &caps, &slot, None, demand, verdict, (report, report_size))
         })
     }
 }
@@ -494,6 +512,8 @@ pub unsafe extern "C" fn kvmprep_memslot_check(
 /// As kvmprep_memslot_check(), for the handle's VM and against the slots that the handle has been told of, in time that
 /// grows with the logarithm of their number. Nothing is changed, no lock held across a wait, and nothing allocated when
 /// the slot passes and `report` is NULL.
+///
+/// What of the slot is private, for the report, is what the handle did or was told (kvmprep_visibility_next()), once it was.
 ///
 /// A slot beyond the width that the handle was given (`gpa_bits` in its config) is -EINVAL too, reason
 /// RANGE_BEYOND_GUEST.
@@ -520,7 +540,7 @@ pub unsafe extern "C" fn kvmprep_vm_check_memslot(
             let demand = decode_rule(alignment_rule, "alignment_rule")?;
             check_optional_out(report, report_size, "report")?;
             let verdict = vm.check(&slot)?;
-            conclude(&*vm.kernel, vm.caps()?, &slot, demand, verdict, (report, report_size))
+            conclude(&*vm.kernel, vm.caps()?, &slot, vm.told(), demand, verdict, (report, report_size))
         })
     }
 }
@@ -574,7 +594,8 @@ pub unsafe extern "C" fn kvmprep_memslot_predict(
                 private.sort_by_key(|range| range.start);
                 Some(private.into_iter().collect::<RangeSet>())
             };
-            let found = predict(&caps, &slot, part, private)?;
+            let private = private.as_ref().map(|private| private as &dyn PrivateMemory);
+            let found = report_on(&Linux::default(), &caps, &slot, part, private, Demand::default())?;
             let verdict = Verdict { change: Change::None, binds: None };
             write_sized(report, report_size, &kvmprep_memslot_report::new(verdict, Some(&found)), "report")?;
             Ok(0)
@@ -582,8 +603,38 @@ pub unsafe extern "C" fn kvmprep_memslot_predict(
     }
 }
 
-fn predict(caps: &Caps, slot: &Memslot, part: Range, private: Option<RangeSet>) -> Result<Report> {
-    report(&Linux::default(), caps, slot, part, private, Demand::default())
+/// As kvmprep_memslot_predict(), of guest memory in one of the handle's slots of address space 0: for the handle's VM, and
+/// with what the handle knows of private memory (kvmprep_visibility_next()). While memory is being converted it speaks of
+/// no single moment.
+///
+/// Threads: any. Returns 0, or -EINVAL (a pointer NULL or misaligned, a bad size or range, a range that ends outside the slot
+/// that it begins in), -ENOENT (NO_MEMSLOT: it begins where there is none), -EACCES, -ENOENT, -EMFILE or -ENFILE
+/// (/proc/self/maps cannot be opened). Since kvmprep 0.4.
+///
+/// # Safety
+/// `vm` is a handle, `range` points to a kvmprep_range, `report` to `report_size` bytes, `err` to a kvmprep_error or is NULL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvmprep_vm_predict(
+    vm: *const kvmprep_vm,
+    range: *const kvmprep_range,
+    report: *mut kvmprep_memslot_report,
+    report_size: usize,
+    err: *mut kvmprep_error,
+) -> c_int {
+    // SAFETY: passed on from the caller.
+    unsafe {
+        boundary(err, || {
+            let vm = &reference(vm, "vm")?.0;
+            let range = reference(range, "range")?.decode()?;
+            check_sized_out(report, report_size, "report")?;
+            let slot = vm.slot_at(range)?;
+            let part = part_of(&slot, Some(range))?;
+            let found = report_on(&*vm.kernel, vm.caps()?, &slot, part, vm.told(), Demand::default())?;
+            let verdict = Verdict { change: Change::None, binds: None };
+            write_sized(report, report_size, &kvmprep_memslot_report::new(verdict, Some(&found)), "report")?;
+            Ok(0)
+        })
+    }
 }
 
 /// The part of the slot that is meant.

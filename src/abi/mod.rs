@@ -11,14 +11,22 @@ pub mod boundary;
 
 mod caps;
 mod error;
+mod image;
 mod job;
+#[cfg(feature = "experimental")]
+mod launch;
 mod memslot;
 mod populate;
+mod private;
 mod vm;
 
 pub use caps::*;
 pub use error::*;
+pub use image::*;
 pub use job::*;
+#[cfg(feature = "experimental")]
+pub use launch::*;
 pub use memslot::*;
 pub use populate::*;
+pub use private::*;
 pub use vm::*;

@@ -171,6 +171,7 @@ impl kvmprep_populate_opts {
             check_free: has(KVMPREP_POPULATE_CHECK_FREE),
             skip_covered: has(KVMPREP_POPULATE_SKIP_COVERED),
             dirty_logged_too: has(KVMPREP_POPULATE_DIRTY_LOGGED),
+            for_conversion: false,
             exact: has(KVMPREP_POPULATE_EXACT),
             timeout: (self.timeout_ms != 0).then(|| Duration::from_millis(self.timeout_ms.into())),
         })
@@ -185,8 +186,8 @@ pub const KVMPREP_STAGE2_NOT_WANTED: u32 = 1;
 pub const KVMPREP_STAGE2_NO_VCPU: u32 = 2;
 /// This kernel, host or VM has no pre-fault.
 pub const KVMPREP_STAGE2_UNAVAILABLE: u32 = 3;
-/// Every vCPU refused: running a nested guest, or its confidential VM not finalised, or, by the library's own look
-/// before a thread's first pre-fault, in SMM.
+/// Every vCPU refused: its confidential VM is not finalised, or, by the library's own look before a thread's first
+/// pre-fault, it is in SMM or runs a nested guest.
 pub const KVMPREP_STAGE2_VCPUS_REFUSED: u32 = 4;
 /// It was stopped before its end.
 pub const KVMPREP_STAGE2_UNFINISHED: u32 = 5;
@@ -382,9 +383,10 @@ pub(super) fn check_thread_count(threads: u32) -> Result<u32> {
 /// dies. The call returns once all of them are gone.
 ///
 /// When: after KVM_SET_CPUID2 on each vCPU that works here, with all slots in place, before the vCPUs run; not in SMM
-/// and not while a nested guest runs (such a vCPU refuses or fills another page table). A handle that knows no slots
-/// populates nothing, and that succeeds. What undoes it later: the deletion of any slot (see kvmprep_keep_mappings()), dirty logging, and what kvmprep_get_coverage() names. Before
-/// Linux 6.15 nobody may read or save the state of a vCPU that is being used: see kvmprep_vcpu_pre_fault().
+/// and not while a nested guest runs (such a vCPU is refused). A handle that knows no slots populates nothing, and that
+/// succeeds. What undoes it later: the deletion of any slot (see kvmprep_keep_mappings()), dirty logging, and what
+/// kvmprep_get_coverage() names. Before Linux 6.15 nobody may read or save the state of a vCPU that is being used: see
+/// kvmprep_vcpu_pre_fault().
 ///
 /// `result` may be NULL. It and `opts->remaining` are written whenever work was begun, on error too: no progress
 /// is lost. But each call starts from the front: to do the rest after an interruption, call again with

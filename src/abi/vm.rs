@@ -178,7 +178,8 @@ pub unsafe extern "C" fn kvmprep_vm_free(vm: *mut kvmprep_vm) -> c_int {
 /// that are gone; the call returns once no worker touches those.
 ///
 /// Threads: any. Returns 0, or -EINVAL (a pointer NULL or misaligned, a slot that is malformed, twice in the
-/// list or of size 0), -EEXIST (two slots overlap; `err` names both), -EBADF. On error nothing has changed.
+/// list or of size 0), -EEXIST (two slots overlap; `err` names both), -EBADF, -EDEADLK (from inside a `changed` function). On
+/// error nothing has changed.
 ///
 /// # Safety
 /// `vm` is a handle, `slots` points to `n` elements, `err` to a kvmprep_error or is NULL.
@@ -244,7 +245,8 @@ pub unsafe extern "C" fn kvmprep_memslot_set(
 /// and none begins before the change is noted: jobs wait for that, and fail with -EAGAIN after two seconds.
 ///
 /// Threads: any, but not one that a worker waits for: a library thread inside the kernel for a vCPU that is in
-/// KVM_RUN, or for userfaultfd memory, is waited for. Returns 0, or -EINVAL (`vm` NULL).
+/// KVM_RUN, or for userfaultfd memory, is waited for. So is a conversion of the slot's memory. Returns 0, or -EINVAL (`vm`
+/// NULL), -EDEADLK (from inside a `changed` function, of the slot that its thread is converting; nothing is announced then).
 ///
 /// # Safety
 /// `vm` is a handle, `err` points to a kvmprep_error or is NULL.
@@ -257,7 +259,7 @@ pub unsafe extern "C" fn kvmprep_memslot_changing(
     // SAFETY: passed on from the caller.
     unsafe {
         boundary(err, || {
-            reference(vm, "vm")?.0.changing(slot);
+            reference(vm, "vm")?.0.changing(slot)?;
             Ok(0)
         })
     }
@@ -352,6 +354,8 @@ pub const KVMPREP_LOSS_ZAP_ALL: u32 = 2;
 pub const KVMPREP_LOSS_DISCARDED: u32 = 3;
 /// Dirty logging was turned on: first writes fault again.
 pub const KVMPREP_LOSS_DIRTY_LOGGING: u32 = 4;
+/// The memory was made private or shared: of its 2 MiB frames all counts as lost. Since kvmprep 0.4.
+pub const KVMPREP_LOSS_CONVERTED: u32 = 5;
 
 /// How much of a range is populated, in bytes. An output that may grow: pass it with its sizeof.
 #[repr(C)]

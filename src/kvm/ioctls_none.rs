@@ -1,11 +1,9 @@
 //! KVM's ioctls where the library does not know them: no capability is there, and the host stage remains.
 
-use super::{Errno, ExitRequest, Region, Sys};
+use super::{ExitRequest, ImagePages, Launched, Region, Sys, UNKNOWN};
 use crate::level::Level;
 use crate::range::Range;
 use std::os::fd::{OwnedFd, RawFd};
-
-const UNKNOWN: Errno = Errno(libc::ENOTTY);
 
 /// No such quirk.
 pub const QUIRK_SLOT_ZAP_ALL: u64 = 0;
@@ -33,8 +31,28 @@ pub fn is_in_smm(_: RawFd) -> bool {
     false
 }
 
+pub fn has_nested_guest(_: RawFd) -> bool {
+    false
+}
+
+pub fn create_guest_memfd(_: RawFd, _: u64, _: u64) -> Sys<OwnedFd> {
+    Err(UNKNOWN)
+}
+
+pub fn set_attributes(_: RawFd, _: Range, _: u64) -> Sys<()> {
+    Err(UNKNOWN)
+}
+
 pub fn pre_fault(_: RawFd, _: Range) -> Sys<Option<Range>> {
     Err(UNKNOWN)
+}
+
+pub fn tdx_init_mem_region(_: RawFd, pages: &ImagePages, _: u32) -> Launched {
+    Launched::refused(pages, UNKNOWN)
+}
+
+pub fn snp_launch_update(_: RawFd, _: RawFd, pages: &ImagePages, _: u8) -> Launched {
+    Launched::refused(pages, UNKNOWN)
 }
 
 pub fn stats_fd(_: RawFd) -> Sys<OwnedFd> {
@@ -71,6 +89,6 @@ mod tests {
     fn a_vcpu_is_accepted_and_nothing_is_offered() {
         assert_eq!(check_extension(0, 236), Ok(0));
         assert!(!exit_request(0).unwrap().is_set());
-        assert_eq!(exit_request(-1).err(), Some(Errno(libc::EBADF)));
+        assert_eq!(exit_request(-1).err(), Some(super::super::Errno(libc::EBADF)));
     }
 }

@@ -1,12 +1,14 @@
 //! The real kernel: the library's only system calls.
 //!
 //! Each function is safe for any argument, since what the kernel does with a wrong descriptor or address is to
-//! refuse it; nothing here changes the content of memory that is not the library's own.
+//! refuse it. Those that give memory up (discard, remove, punch) take the content of what they are told, which must be
+//! guest memory that its VMM wants to be rid of, and the firmware may correct what it is to put into a guest's image;
+//! nothing else here changes memory that is not the library's own.
 
 use super::uapi::*;
 use super::{
-    Access, Errno, ExitRequest, FileId, FileKind, FileStatus, HugePagesDisabled, Kernel, MappedObject,
-    Mapping, Region, Stats, Sys, caps, ioctls, maps,
+    Access, Errno, ExitRequest, FileId, FileKind, FileStatus, HugePagesDisabled, ImagePages, Kernel,
+    Launched, MappedObject, Mapping, Region, Stats, Sys, caps, ioctls, maps,
 };
 use crate::range::{HUGE, PAGE, Range};
 use libc::{c_int, c_void};
@@ -28,8 +30,14 @@ fn check(result: c_int) -> Sys<c_int> {
 /// An ioctl that reads or writes one structure, in which there is no pointer.
 #[cfg(target_arch = "x86_64")]
 pub(super) fn ioctl<T>(fd: RawFd, request: libc::c_ulong, argument: &mut T) -> Sys<()> {
+    ioctl_answer(fd, request, argument).map(drop)
+}
+
+/// The same, of one that answers with a number too.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn ioctl_answer<T>(fd: RawFd, request: libc::c_ulong, argument: &mut T) -> Sys<c_int> {
     // SAFETY: the size encoded in each request that comes here is T's, and the kernel touches no more than that.
-    check(unsafe { libc::ioctl(fd, request, std::ptr::from_mut(argument)) }).map(drop)
+    check(unsafe { libc::ioctl(fd, request, std::ptr::from_mut(argument)) })
 }
 
 /// An ioctl whose argument and answer are numbers.
@@ -70,6 +78,8 @@ pub struct Linux {
     maps: OnceCell<File>,
     smaps: OnceCell<File>,
     pagemap: OnceCell<File>,
+    /// Whether a mapping can be asked for.
+    has_query: OnceCell<bool>,
     release: OnceCell<[u32; 3]>,
 }
 
@@ -81,6 +91,9 @@ const THP_DISABLED_EXCEPT_ADVISED: c_int = 3;
 const MAPS: &str = "/proc/self/maps";
 const SMAPS: &str = "/proc/self/smaps";
 const PAGEMAP: &str = "/proc/self/pagemap";
+
+/// `MADV_DONTNEED_LOCKED`, Linux 5.18.
+const MADV_DONTNEED_LOCKED: c_int = 24;
 
 /// Room for a mapping's name, in bytes.
 const MAPPING_NAME: usize = 256;
@@ -188,6 +201,8 @@ impl Linux {
             start: query.vma_start,
             end: query.vma_end,
             offset: query.vma_offset,
+            inode: query.inode,
+            readable: query.vma_flags & PROCMAP_QUERY_VMA_READABLE != 0,
             writable: query.vma_flags & PROCMAP_QUERY_VMA_WRITABLE != 0,
             shared: query.vma_flags & PROCMAP_QUERY_VMA_SHARED != 0,
             on_mount: maps::is_on_mount(&name, query.inode),
@@ -278,6 +293,14 @@ impl Kernel for Linux {
         ioctls::set_region(vm, region)
     }
 
+    fn create_guest_memfd(&self, vm: RawFd, size: u64, flags: u64) -> Sys<OwnedFd> {
+        ioctls::create_guest_memfd(vm, size, flags)
+    }
+
+    fn set_attributes(&self, vm: RawFd, range: Range, attributes: u64) -> Sys<()> {
+        ioctls::set_attributes(vm, range, attributes)
+    }
+
     fn pre_fault(&self, vcpu: RawFd, range: Range) -> Sys<Option<Range>> {
         // Before each, since a slot may have been deleted that nobody told of.
         if caps::roots_go_stale(self.release()) {
@@ -286,8 +309,16 @@ impl Kernel for Linux {
         ioctls::pre_fault(vcpu, range)
     }
 
-    fn is_in_smm(&self, vcpu: RawFd) -> bool {
-        ioctls::is_in_smm(vcpu)
+    fn tdx_init_mem_region(&self, vcpu: RawFd, pages: &ImagePages, flags: u32) -> Launched {
+        ioctls::tdx_init_mem_region(vcpu, pages, flags)
+    }
+
+    fn snp_launch_update(&self, vm: RawFd, sev: RawFd, pages: &ImagePages, page_type: u8) -> Launched {
+        ioctls::snp_launch_update(vm, sev, pages, page_type)
+    }
+
+    fn uses_other_tables(&self, vcpu: RawFd) -> bool {
+        ioctls::is_in_smm(vcpu) || ioctls::has_nested_guest(vcpu)
     }
 
     fn stats(&self, fd: RawFd) -> Sys<Stats> {
@@ -314,6 +345,33 @@ impl Kernel for Linux {
     fn advise_huge(&self, hva: u64, size: u64) -> Sys<()> {
         // SAFETY: advice changes no content; an address that is not mapped is refused.
         check(unsafe { libc::madvise(hva as *mut c_void, size as usize, libc::MADV_HUGEPAGE) }).map(drop)
+    }
+
+    fn discard(&self, hva: u64, size: u64) -> Sys<()> {
+        // SAFETY: the range lies in a memslot whose VMM has asked for its content to go; it is the guest's memory, to which
+        // Rust has no reference, and the mapping stays. An address that is not mapped is refused.
+        let advise = |advice| check(unsafe { libc::madvise(hva as *mut c_void, size as usize, advice) });
+        match advise(libc::MADV_DONTNEED) {
+            // So it answers of locked memory; kernels before 5.18 know no other way, and refuse.
+            Err(Errno(libc::EINVAL)) => advise(MADV_DONTNEED_LOCKED).map(drop),
+            answer => answer.map(drop),
+        }
+    }
+
+    fn remove(&self, hva: u64, size: u64) -> Sys<()> {
+        // SAFETY: as for `discard`.
+        check(unsafe { libc::madvise(hva as *mut c_void, size as usize, libc::MADV_REMOVE) }).map(drop)
+    }
+
+    fn punch(&self, fd: RawFd, offset: u64, size: u64) -> Sys<()> {
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: no memory is passed.
+        check(unsafe { libc::fallocate(fd, mode, offset as i64, size as i64) }).map(drop)
+    }
+
+    fn close_on_exec(&self, fd: RawFd) -> Sys<()> {
+        // SAFETY: no memory is passed.
+        check(unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) }).map(drop)
     }
 
     fn allocate(&self, fd: RawFd, offset: u64, size: u64) -> Sys<()> {
@@ -373,10 +431,8 @@ impl Kernel for Linux {
     }
 
     fn mappings(&self) -> Sys<Option<Vec<Mapping>>> {
-        match self.mapping_by_query(0) {
-            Err(errno) if is_unknown(errno) => self.read_mappings().map(Some),
-            _ => Ok(None),
-        }
+        let has_query = *self.has_query.get_or_init(|| !self.mapping_by_query(0).is_err_and(is_unknown));
+        if has_query { Ok(None) } else { self.read_mappings().map(Some) }
     }
 
     fn resident(&self, start: u64, end: u64) -> Sys<Option<(u64, u64)>> {
@@ -523,7 +579,8 @@ mod tests {
         let hva = value.as_ptr() as u64;
         let (looked, read) =
             (kernel.mapping(hva).unwrap(), maps::find(&kernel.read_mappings().unwrap(), hva));
-        let place = |m: Option<Mapping>| m.map(|m| (m.start, m.end, m.writable, m.shared, m.object));
+        let place =
+            |m: Option<Mapping>| m.map(|m| (m.start, m.end, m.readable, m.writable, m.shared, m.object));
         assert!(looked.is_some());
         assert_eq!(place(looked), place(read));
     }

@@ -4,26 +4,34 @@
 //! Who opens the file is not its business.
 
 use super::{Kernel, MappedObject, Mapping, Sys};
+use std::cell::Cell;
 
 /// Mappings for one who looks up many at one time. Where each look would read all of `/proc/self/maps`, it is read
 /// once, so this must not outlive the occasion: mappings change.
 pub struct Mappings<'a> {
     kernel: &'a dyn Kernel,
     all: Option<Vec<Mapping>>,
+    /// What was found last: the next look is often at the same.
+    last: Cell<Option<Mapping>>,
 }
 
 impl<'a> Mappings<'a> {
     /// The mappings as they are now.
     pub fn now(kernel: &'a dyn Kernel) -> Sys<Self> {
-        Ok(Self { kernel, all: kernel.mappings()? })
+        Ok(Self { kernel, all: kernel.mappings()?, last: Cell::new(None) })
     }
 
     /// The mapping at `hva`, or the next above it; `None` when there is none.
     pub fn at(&self, hva: u64) -> Sys<Option<Mapping>> {
-        match &self.all {
-            Some(all) => Ok(find(all, hva)),
-            None => self.kernel.mapping(hva),
+        if let Some(all) = &self.all {
+            return Ok(find(all, hva));
         }
+        if let Some(last) = self.last.get().filter(|last| last.start <= hva && hva < last.end) {
+            return Ok(Some(last));
+        }
+        let found = self.kernel.mapping(hva)?;
+        self.last.set(found);
+        Ok(found)
     }
 }
 
@@ -79,6 +87,8 @@ fn parse_line(line: &str) -> Option<Mapping> {
         start: u64::from_str_radix(start, 16).ok()?,
         end: u64::from_str_radix(end, 16).ok()?,
         offset,
+        inode,
+        readable: permissions.as_bytes().first() == Some(&b'r'),
         writable: permissions.as_bytes().get(1) == Some(&b'w'),
         shared: permissions.as_bytes().get(3) == Some(&b's'),
         on_mount: is_on_mount(name, inode),

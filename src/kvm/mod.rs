@@ -111,6 +111,10 @@ pub struct Mapping {
     pub end: u64,
     /// Where in its file it begins, in bytes.
     pub offset: u64,
+    /// The file's inode; 0 where there is no file.
+    pub inode: u64,
+    /// `PROT_READ`.
+    pub readable: bool,
     /// `PROT_WRITE`.
     pub writable: bool,
     /// `MAP_SHARED`.
@@ -169,7 +173,45 @@ pub trait ExitRequest: Send {
     fn is_set(&self) -> bool;
 }
 
-/// Every system call of the library.
+/// Guest pages that are to be put into the initial image, and where this process has their content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ImagePages {
+    /// Where in the guest.
+    pub range: Range,
+    /// Address of the content, bytes; `None` for zeroes.
+    pub source: Option<u64>,
+}
+
+impl ImagePages {
+    /// Those of them that are in `part`, which lies in the range.
+    pub fn part(&self, part: Range) -> Self {
+        Self { range: part, source: self.source.map(|source| source + (part.start - self.range.start)) }
+    }
+}
+
+/// What a call that puts pages into the initial image came to: it may have put some there and have failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Launched {
+    /// What is left of the pages, `None` when nothing is.
+    pub left: Option<Range>,
+    /// Its answer. `EPROTO`: what it said of its progress cannot be, so nobody knows.
+    pub answer: Sys<()>,
+    /// The code of the firmware, or of the TDX module; 0 where there is none.
+    pub firmware: u64,
+}
+
+impl Launched {
+    /// Nothing was done.
+    pub fn refused(pages: &ImagePages, errno: Errno) -> Self {
+        Self { left: Some(pages.range), answer: Err(errno), firmware: 0 }
+    }
+}
+
+/// What a kernel answers that does not know a call.
+pub const UNKNOWN: Errno = Errno(libc::ENOTTY);
+
+/// Every system call of the library. Those that need private memory, or serve it alone, are not known to a kernel that
+/// does not say so.
 pub trait Kernel: Send + Sync {
     /// `KVM_CHECK_EXTENSION` on `/dev/kvm` or a VM.
     fn check_extension(&self, fd: RawFd, capability: u32) -> Sys<u32>;
@@ -177,10 +219,27 @@ pub trait Kernel: Send + Sync {
     fn disable_quirks(&self, vm: RawFd, mask: u64) -> Sys<()>;
     /// `KVM_SET_USER_MEMORY_REGION2`, or the first version where the region needs no more than that.
     fn set_region(&self, vm: RawFd, region: &Region) -> Sys<()>;
+    /// `KVM_CREATE_GUEST_MEMFD`: a new descriptor, not yet close-on-exec.
+    fn create_guest_memfd(&self, _vm: RawFd, _size: u64, _flags: u64) -> Sys<OwnedFd> {
+        Err(UNKNOWN)
+    }
+    /// `KVM_SET_MEMORY_ATTRIBUTES`.
+    fn set_attributes(&self, _vm: RawFd, _range: Range, _attributes: u64) -> Sys<()> {
+        Err(UNKNOWN)
+    }
     /// `KVM_PRE_FAULT_MEMORY`: returns what is left of `range`, `None` when nothing is.
     fn pre_fault(&self, vcpu: RawFd, range: Range) -> Sys<Option<Range>>;
-    /// Whether the vCPU is in system management mode; no, where that cannot be known.
-    fn is_in_smm(&self, _vcpu: RawFd) -> bool {
+    /// `KVM_TDX_INIT_MEM_REGION` through a vCPU: puts pages into a TDX guest's initial image.
+    fn tdx_init_mem_region(&self, _vcpu: RawFd, pages: &ImagePages, _flags: u32) -> Launched {
+        Launched::refused(pages, UNKNOWN)
+    }
+    /// `KVM_SEV_SNP_LAUNCH_UPDATE`: puts pages of that type into an SNP guest's initial image; `sev` is the firmware's device.
+    fn snp_launch_update(&self, _vm: RawFd, _sev: RawFd, pages: &ImagePages, _page_type: u8) -> Launched {
+        Launched::refused(pages, UNKNOWN)
+    }
+    /// Whether the vCPU now uses other page tables than at most times: it is in system management mode, or its guest
+    /// runs a nested one. No, where that cannot be known.
+    fn uses_other_tables(&self, _vcpu: RawFd) -> bool {
         false
     }
     /// The binary statistics of a vCPU or VM.
@@ -192,6 +251,23 @@ pub trait Kernel: Send + Sync {
     fn populate(&self, hva: u64, size: u64, access: Access) -> Sys<()>;
     /// `MADV_HUGEPAGE`.
     fn advise_huge(&self, hva: u64, size: u64) -> Sys<()>;
+    /// Gives up this process's own pages of a mapping (`MADV_DONTNEED`, locked ones too): what is read there next is what
+    /// the mapping's object has, or zeroes. Part of a huge page of a pool: `EINVAL`.
+    fn discard(&self, _hva: u64, _size: u64) -> Sys<()> {
+        Err(UNKNOWN)
+    }
+    /// Gives up the pages of a shared mapping's object (`MADV_REMOVE`).
+    fn remove(&self, _hva: u64, _size: u64) -> Sys<()> {
+        Err(UNKNOWN)
+    }
+    /// Gives up the pages of a file (a hole punch that keeps its size).
+    fn punch(&self, _fd: RawFd, _offset: u64, _size: u64) -> Sys<()> {
+        Err(UNKNOWN)
+    }
+    /// Has a descriptor closed on exec.
+    fn close_on_exec(&self, _fd: RawFd) -> Sys<()> {
+        Err(UNKNOWN)
+    }
     /// `fallocate`, keeping the size.
     fn allocate(&self, fd: RawFd, offset: u64, size: u64) -> Sys<()>;
     /// What kind of file this is.

@@ -3,7 +3,7 @@
 //! Reading it costs a walk of all page tables of the process, so it is read at most once on an occasion, and only when
 //! asked for something. It must not be kept: mappings change.
 
-use super::Kernel;
+use super::{Kernel, Sys};
 use once_cell::unsync::OnceCell;
 
 /// All mappings, with what smaps says of each.
@@ -35,11 +35,15 @@ impl<'a> Smaps<'a> {
 
     /// The mapping at `hva`; `None` where there is none, or smaps cannot be read.
     pub fn at(&self, hva: u64) -> Option<Entry> {
-        let entries = self
-            .entries
-            .get_or_init(|| parse(&self.kernel.read_file("/proc/self/smaps").unwrap_or_default()));
+        self.look(hva).ok().flatten()
+    }
+
+    /// The mapping at `hva`, where there is one; for who must know whether that could be told.
+    pub fn look(&self, hva: u64) -> Sys<Option<Entry>> {
+        let read = || self.kernel.read_file("/proc/self/smaps").map(|smaps| parse(&smaps));
+        let entries = self.entries.get_or_try_init(read)?;
         let at = entries.partition_point(|entry| entry.end <= hva);
-        entries.get(at).filter(|entry| entry.start <= hva).copied()
+        Ok(entries.get(at).filter(|entry| entry.start <= hva).copied())
     }
 }
 

@@ -26,8 +26,18 @@ mod x86_64 {
     pub const KVM_GET_MSRS: c_ulong = 0xc008_ae88;
     pub const KVM_SET_MSRS: c_ulong = 0x4008_ae89;
     pub const KVM_GET_VCPU_EVENTS: c_ulong = 0x8040_ae9f;
+    /// Linux 4.20.
+    pub const KVM_GET_NESTED_STATE: c_ulong = 0xc080_aebe;
+    /// Linux 6.8.
+    pub const KVM_SET_MEMORY_ATTRIBUTES: c_ulong = 0x4020_aed2;
+    /// Linux 6.8.
+    pub const KVM_CREATE_GUEST_MEMFD: c_ulong = 0xc040_aed4;
     /// Linux 6.11.
     pub const KVM_PRE_FAULT_MEMORY: c_ulong = 0xc040_aed5;
+    /// SNP: of a VM, Linux 6.11. TDX: of a vCPU, Linux 6.16. The size in its number is a pointer's, the structure is larger.
+    pub const KVM_MEMORY_ENCRYPT_OP: c_ulong = 0xc008_aeba;
+    pub const KVM_SEV_SNP_LAUNCH_UPDATE: u32 = 101;
+    pub const KVM_TDX_INIT_MEM_REGION: u32 = 3;
 
     pub const KVM_CAP_DISABLE_QUIRKS2: u32 = 213;
     /// Linux 6.12.
@@ -72,6 +82,64 @@ mod x86_64 {
         pub padding: [u64; 5],
     }
 
+    #[repr(C)]
+    pub struct kvm_memory_attributes {
+        pub address: u64,
+        pub size: u64,
+        pub attributes: u64,
+        pub flags: u64,
+    }
+
+    #[repr(C)]
+    #[derive(Default)]
+    pub struct kvm_create_guest_memfd {
+        pub size: u64,
+        pub flags: u64,
+        pub reserved: [u64; 6],
+    }
+
+    #[repr(C)]
+    #[derive(Default)]
+    pub struct kvm_sev_cmd {
+        pub id: u32,
+        pub pad0: u32,
+        pub data: u64,
+        pub error: u32,
+        pub sev_fd: u32,
+    }
+
+    #[repr(C)]
+    #[derive(Default)]
+    pub struct kvm_sev_snp_launch_update {
+        pub gfn_start: u64,
+        pub uaddr: u64,
+        pub len: u64,
+        pub type_: u8,
+        pub pad0: u8,
+        pub flags: u16,
+        pub pad1: u32,
+        pub pad2: [u64; 4],
+    }
+
+    #[repr(C)]
+    #[derive(Default)]
+    pub struct kvm_tdx_cmd {
+        pub id: u32,
+        pub flags: u32,
+        pub data: u64,
+        pub hw_error: u64,
+    }
+    const _: () = assert!(size_of::<kvm_tdx_cmd>() == 24);
+
+    #[repr(C)]
+    #[derive(Default)]
+    pub struct kvm_tdx_init_mem_region {
+        pub source_addr: u64,
+        pub gpa: u64,
+        pub nr_pages: u64,
+    }
+    const _: () = assert!(size_of::<kvm_tdx_init_mem_region>() == 24);
+
     /// `struct kvm_msrs` with one entry.
     #[repr(C)]
     #[derive(Default)]
@@ -96,6 +164,23 @@ mod x86_64 {
         pub smi_smm: u8,
         pub after: [u8; 39],
     }
+
+    /// With room for all that KVM has to say after it; its size is asked for and told in `size`.
+    #[repr(C)]
+    pub struct kvm_nested_state {
+        pub flags: u16,
+        pub format: u16,
+        pub size: u32,
+        pub rest: [u64; 15 + 2 * 512],
+    }
+
+    impl Default for kvm_nested_state {
+        fn default() -> Self {
+            Self { flags: 0, format: 0, size: size_of::<Self>() as u32, rest: [0; 15 + 2 * 512] }
+        }
+    }
+
+    pub const KVM_STATE_NESTED_GUEST_MODE: u16 = 1;
 
     /// Of `struct kvm_run`, in bytes.
     pub const KVM_RUN_IMMEDIATE_EXIT: usize = 1;
@@ -124,6 +209,11 @@ mod x86_64 {
             assert_same!(kvm_userspace_memory_region2: slot, flags, guest_phys_addr, memory_size, userspace_addr,
                 guest_memfd_offset, guest_memfd);
             assert_same!(kvm_pre_fault_memory: gpa, size, flags);
+            assert_same!(kvm_memory_attributes: address, size, attributes, flags);
+            assert_same!(kvm_create_guest_memfd: size, flags);
+            assert_same!(kvm_sev_cmd: id, data, error, sev_fd);
+            assert_same!(kvm_sev_snp_launch_update: gfn_start, uaddr, len, type_, flags);
+            assert_eq!(KVM_SEV_SNP_LAUNCH_UPDATE, kvm_bindings::sev_cmd_id_KVM_SEV_SNP_LAUNCH_UPDATE);
             assert_same!(kvm_msr_entry: index, data);
             assert_eq!(offset_of!(kvm_msrs_of_one, entry), size_of::<kvm_bindings::kvm_msrs>());
             assert_eq!(offset_of!(kvm_msrs_of_one, nmsrs), offset_of!(kvm_bindings::kvm_msrs, nmsrs));
@@ -132,6 +222,11 @@ mod x86_64 {
                 offset_of!(kvm_vcpu_events, smi_smm),
                 offset_of!(kvm_bindings::kvm_vcpu_events, smi.smm)
             );
+            assert_eq!(offset_of!(kvm_nested_state, size), offset_of!(kvm_bindings::kvm_nested_state, size));
+            let most = size_of::<kvm_bindings::kvm_vmx_nested_state_data>()
+                .max(size_of::<kvm_bindings::kvm_svm_nested_state_data>());
+            assert_eq!(size_of::<kvm_nested_state>(), size_of::<kvm_bindings::kvm_nested_state>() + most);
+            assert_eq!(u32::from(KVM_STATE_NESTED_GUEST_MODE), kvm_bindings::KVM_STATE_NESTED_GUEST_MODE);
             assert_eq!(KVM_RUN_IMMEDIATE_EXIT, offset_of!(kvm_bindings::kvm_run, immediate_exit));
             assert_eq!(KVM_CAP_DISABLE_QUIRKS2, kvm_bindings::KVM_CAP_DISABLE_QUIRKS2);
             assert_eq!(KVM_X86_QUIRK_SLOT_ZAP_ALL, u64::from(kvm_bindings::KVM_X86_QUIRK_SLOT_ZAP_ALL));
@@ -144,6 +239,7 @@ pub const KVM_CAP_GUEST_MEMFD_FLAGS: u32 = 244;
 
 /// Linux 6.11, `<linux/fs.h>`: `_IOWR('f', 17, struct procmap_query)`.
 pub const PROCMAP_QUERY: c_ulong = 0xc068_6611;
+pub const PROCMAP_QUERY_VMA_READABLE: u64 = 0x01;
 pub const PROCMAP_QUERY_VMA_WRITABLE: u64 = 0x02;
 pub const PROCMAP_QUERY_VMA_SHARED: u64 = 0x08;
 pub const PROCMAP_QUERY_COVERING_OR_NEXT_VMA: u64 = 0x10;

@@ -11,10 +11,11 @@
 //! The first proposal of all, that the offset be aligned no less than the gpa, is not here: it refuses what is harmless,
 //! a slot at 4 GiB with its memory at offset 2 GiB. A breach is told, and whether it is an error is for the caller.
 
-use super::Memslot;
 use super::check::Change;
 use super::host::Occasion;
+use super::{Memslot, guest_memfd};
 use crate::error::{Error, Reason, Result, Stage};
+use crate::kvm::caps::Caps;
 use crate::kvm::{Kernel, Region};
 use crate::level::Level;
 use crate::range::Range;
@@ -43,12 +44,13 @@ pub struct Demand {
 }
 
 impl Demand {
-    /// Refuses a breach, if that is demanded, of a slot that is made or moved: what is there already may change its flags
+    /// Refuses a breach, or a guest_memfd that does not do what is meant, if that is demanded, of a slot that is made or moved: what is there already may change its flags
     /// and go. The kernel is asked about the slot's memory only where the rule is about it.
-    pub fn check(&self, kernel: &dyn Kernel, slot: &Memslot, change: Change) -> Result<()> {
+    pub fn check(&self, kernel: &dyn Kernel, caps: &Caps, slot: &Memslot, change: Change) -> Result<()> {
         if !self.strict || !matches!(change, Change::Create | Change::Move) {
             return Ok(());
         }
+        guest_memfd::check(kernel, caps, slot)?;
         let backing = match self.rule {
             Rule::Congruent => Occasion::now(kernel)?.kind(slot, slot.region.hva)?.largest,
             Rule::Kernel | Rule::Size | Rule::Slot => Level::K4,

@@ -294,7 +294,7 @@ impl Check<'_> {
                 .hint("pass what KVM_CREATE_GUEST_MEMFD returned, while it is open"));
             }
             Some(Descriptor::Closed(errno)) => {
-                return Err(Error::kernel(errno, "looking at the guest_memfd"));
+                return Err(Error::system(errno, "looking at the guest_memfd"));
             }
             Some(Descriptor::Foreign) => {
                 return Err(Error::invalid(

@@ -5,7 +5,7 @@
 
 use super::Memslot;
 use super::prediction::Limit;
-use crate::error::{Error, Result};
+use crate::error::{Error, Reason, Result};
 use crate::kvm::thp::{self, Policy};
 use crate::kvm::{Errno, Kernel, MappedObject, Mapping, Mappings, Smaps, Sys};
 use crate::level::Level;
@@ -57,6 +57,11 @@ impl<'a> Occasion<'a> {
     pub fn now(kernel: &'a dyn Kernel) -> Result<Self> {
         let mappings = Mappings::now(kernel).map_err(looking_up)?;
         Ok(Self { kernel, mappings, smaps: Smaps::new(kernel), cache_looks: Cell::new(MOST_CACHE_LOOKS) })
+    }
+
+    /// Its mappings.
+    pub fn mappings(&self) -> &Mappings<'a> {
+        &self.mappings
     }
 
     /// What lies behind `slot` at `hva`: by the VMM's word, else by the kernel's.
@@ -113,8 +118,8 @@ impl<'a> Occasion<'a> {
 }
 
 fn looking_up(errno: Errno) -> Error {
-    let error = Error::kernel(errno, "looking up the slot's mapping in /proc/self/maps");
-    if error.hint.is_empty() {
+    let error = Error::system(errno, "looking up the slot's mapping in /proc/self/maps");
+    if error.reason == Reason::KernelRefused {
         error.hint("mount /proc, or do without a report and a strict rule")
     } else {
         error

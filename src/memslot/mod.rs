@@ -1,17 +1,19 @@
 //! Memslots: what a VMM says of one, the rules for one among others, and what page sizes it can have.
 //!
-//! [`check`] has KVM's own rules, [`alignment`] the rules beyond them that decide on huge pages, [`prediction`] the page
+//! [`check`] has KVM's own rules, [`guest_memfd`] what KVM lets pass that nobody means, [`alignment`] the rules beyond
+//! them that decide on huge pages, [`prediction`] the page
 //! sizes that come of both and of the [`host`]'s memory. The record mirrors what the kernel was told and answers "what
 //! lies at this gpa". Nothing here changes anything in the kernel, or knows of populating.
 
 pub mod alignment;
 pub mod check;
+pub mod guest_memfd;
 pub mod host;
 pub mod prediction;
 mod record;
 pub mod report;
 
-pub use record::SlotRecord;
+pub use record::{Placed, SlotRecord};
 
 use crate::error::{Error, Reason, Result, Stage};
 use crate::kvm::{FileId, MEM_GUEST_MEMFD, MEM_LOG_DIRTY_PAGES, MEM_READONLY, MappedObject, Region};
@@ -120,6 +122,17 @@ impl Memslot {
     /// The address in this process of a gpa in it.
     pub fn hva_of(&self, gpa: u64) -> u64 {
         self.region.hva + (gpa - self.region.gpa)
+    }
+
+    /// The guest_memfd, where it has one, and where in it a gpa of the slot lies.
+    pub fn guest_memfd_at(&self, gpa: u64) -> Option<(RawFd, u64)> {
+        let offset = self.region.guest_memfd_offset + (gpa - self.region.gpa);
+        self.has_guest_memfd().then_some((self.region.guest_memfd, offset))
+    }
+
+    /// The file that is mapped at its hva, where the VMM told, and where in it a gpa of the slot lies.
+    pub fn file_at(&self, gpa: u64) -> Option<(RawFd, u64)> {
+        self.file.map(|(fd, offset)| (fd, offset + (gpa - self.region.gpa)))
     }
 
     /// The guest memory that it has in `host`, a range of this process's.

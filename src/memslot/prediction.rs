@@ -9,7 +9,7 @@ use super::{Memslot, alignment};
 use crate::kvm::Kernel;
 use crate::kvm::caps::{KVM_X86_SNP_VM, KVM_X86_TDX_VM, largest_page};
 use crate::level::Level;
-use crate::range::{PAGE, Range, RangeSet};
+use crate::range::{PAGE, PrivateMemory, Range};
 
 /// Why a page is not of a larger size. The numbers are C's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -102,12 +102,12 @@ pub struct Prediction {
 }
 
 /// What decides on a slot's page sizes, apart from the memory behind it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct Terms<'a> {
     /// The slot.
     pub slot: &'a Memslot,
     /// What of the guest's memory is private.
-    pub private: &'a RangeSet,
+    pub private: &'a dyn PrivateMemory,
     /// The largest page of the processor's nested paging.
     pub largest: Level,
     /// A guest_memfd serves shared accesses too.
@@ -116,14 +116,19 @@ pub struct Terms<'a> {
     pub private_limit: Limit,
 }
 
-/// Why private memory of a VM of that type has no large pages, as KVM's own hook decides (`gmem_max_mapping_level`).
-fn private_limit(vm_type: u32) -> Limit {
+/// The largest page that private memory of a VM of that type may be mapped with, where its file has pages of `backing`;
+/// as KVM's own hook decides (`gmem_max_mapping_level`). The only place that knows of types.
+pub fn largest_private(vm_type: u32, backing: Level) -> Level {
     match vm_type {
-        // By the RMP, which has 4 KiB until the guest accepts more; and TDX, whose pages are added one by one.
-        KVM_X86_SNP_VM | KVM_X86_TDX_VM => Limit::VmType,
-        // As its file allows.
-        _ => Limit::GuestMemfd,
+        // TDX's pages are added one by one. SNP's are as the RMP has them: 4 KiB, until the guest accepts more.
+        KVM_X86_TDX_VM | KVM_X86_SNP_VM => Level::K4,
+        _ => backing,
     }
+}
+
+/// Why private memory of a VM of that type has no large pages: guest_memfds have none, and, if they had, the type.
+fn private_limit(vm_type: u32) -> Limit {
+    if largest_private(vm_type, Level::G1) == Level::K4 { Limit::VmType } else { Limit::GuestMemfd }
 }
 
 /// Predicts the mappings of `range`, a part of the slot.
@@ -163,7 +168,7 @@ type Costs = [[u64; LIMITS]; 3];
 
 impl<'a> Terms<'a> {
     /// Of `slot` in a VM of that type, on this processor.
-    pub fn new(kernel: &dyn Kernel, vm_type: u32, slot: &'a Memslot, private: &'a RangeSet) -> Self {
+    pub fn new(kernel: &dyn Kernel, vm_type: u32, slot: &'a Memslot, private: &'a dyn PrivateMemory) -> Self {
         let gmem_serves_all = slot.has_guest_memfd() && kernel.can_map_guest_memfd(slot.region.guest_memfd);
         let private_limit = private_limit(vm_type);
         Self { slot, private, largest: largest_page(), gmem_serves_all, private_limit }
@@ -187,7 +192,7 @@ impl<'a> Terms<'a> {
         if alignment::hva_shift(&slot.region, level) != 0 {
             return Some(Limit::Congruence);
         }
-        if self.private.within(frame).next().is_some() {
+        if self.private.first_private(frame).is_some() {
             return Some(Limit::Attributes);
         }
         (level > self.largest).then_some(Limit::Cpu)
@@ -195,7 +200,7 @@ impl<'a> Terms<'a> {
 
     fn is_private(&self, gpa: u64) -> bool {
         self.slot.has_guest_memfd()
-            && self.private.within(Range { start: gpa, end: gpa + 1 }).next().is_some()
+            && self.private.first_private(Range { start: gpa, end: gpa + 1 }).is_some()
     }
 
     /// `range` widened to the edges of the largest pages with which KVM may map it, where `backing` is the largest of
@@ -268,7 +273,7 @@ impl Walk<'_> {
 
     /// Where one of these limits may be another, or nothing be mapped any more.
     fn end_of_limits(&self, at: u64, limits: &[Limit; 3]) -> u64 {
-        let is_private = || self.terms.private.within(Range { start: at, end: at + 1 }).next().is_some();
+        let is_private = || self.terms.private.first_private(Range { start: at, end: at + 1 }).is_some();
         let slot_end = self.terms.slot.range().map_or(self.range.end, |range| range.end);
         let end = |level: Level| match limits[level as usize] {
             // In private memory that the slot cannot have, it is so for every frame.
@@ -322,7 +327,7 @@ impl Walk<'_> {
     fn end_of_alike(&self, at: u64) -> u64 {
         let slot_end = self.terms.slot.range().map_or(self.range.end, |range| range.end);
         let rest = Range { start: at, end: slot_end };
-        let attributes = match self.terms.private.within(rest).next() {
+        let attributes = match self.terms.private.first_private(rest) {
             Some(run) if run.start > at => run.start,
             Some(run) => run.end,
             None => slot_end,
@@ -339,6 +344,7 @@ mod tests {
     use crate::kvm::{MEM_GUEST_MEMFD, MEM_LOG_DIRTY_PAGES, Region};
     use crate::memslot::Nature;
     use crate::memslot::host::Run;
+    use crate::range::RangeSet;
     use proptest::prelude::*;
     use std::collections::BTreeSet;
 

@@ -4,7 +4,7 @@
 
 use super::{Memslot, SlotId, Slots, address_space, slot_number};
 use crate::kvm::FileId;
-use crate::range::Range;
+use crate::range::{Range, RangeSet};
 use std::collections::BTreeSet;
 use std::collections::btree_map::{BTreeMap, Entry};
 
@@ -16,8 +16,25 @@ pub struct SlotRecord {
     by_binding: BTreeMap<(FileId, u64), SlotId>,
     /// The guest_memfds of those that have one, where that could be told when they were put in.
     files: BTreeMap<SlotId, FileId>,
+    /// Those whose guest_memfd serves shared memory too.
+    one_sided: BTreeSet<SlotId>,
     /// Those that are changing.
     changing: BTreeSet<SlotId>,
+}
+
+/// What is known of a slot.
+#[derive(Clone, Copy, Debug)]
+pub struct Placed {
+    /// Where it lies; all of it.
+    pub place: Range,
+    /// As its VMM describes it.
+    pub slot: Memslot,
+    /// Whether a change was announced and not yet noted.
+    pub is_changing: bool,
+    /// Which file its guest_memfd is, where that could be told when the slot was put in.
+    pub guest_memfd: Option<FileId>,
+    /// Whether that serves all of the slot's memory, shared or private: there is no other side then.
+    pub is_one_sided: bool,
 }
 
 /// One address space. Its slots are many and small, so most of what a new one costs is fresh memory: it is kept dense.
@@ -96,6 +113,28 @@ impl SlotRecord {
         }
     }
 
+    /// The guest_memfd of a known slot serves shared memory too.
+    pub fn set_one_sided(&mut self, id: SlotId) {
+        if self.get(id).is_some() {
+            self.one_sided.insert(id);
+        }
+    }
+
+    /// Where in this process memory lies that more than one slot shows.
+    pub fn shown_twice(&self) -> RangeSet {
+        let mut places: Vec<Range> =
+            self.iter().filter_map(|slot| Range::new(slot.region.hva, slot.region.size)).collect();
+        places.sort_by_key(|place| place.start);
+        let (mut twice, mut end) = (RangeSet::new(), 0);
+        for place in places {
+            if let Some(again) = Range::between(place.start, place.end.min(end)) {
+                twice.insert(again);
+            }
+            end = end.max(place.end);
+        }
+        twice
+    }
+
     /// All slots of one address space, by place.
     pub fn of_address_space(&self, space: u32) -> impl Iterator<Item = (Range, &Memslot)> {
         self.touching(space, Range { start: 0, end: u64::MAX })
@@ -104,6 +143,33 @@ impl SlotRecord {
     /// The slots that `range` of an address space touches, by place.
     pub fn touching(&self, space: u32, range: Range) -> impl Iterator<Item = (Range, &Memslot)> {
         self.spaces.get(&space).into_iter().flat_map(move |space| space.touching(range))
+    }
+
+    /// The slots of address space 0 that any of `ranges` touches, or all there are when that is empty.
+    pub fn parts(&self, ranges: &[Range]) -> Self {
+        if ranges.is_empty() {
+            return self.clone();
+        }
+        let mut parts = Self::default();
+        for (_, slot) in ranges.iter().flat_map(|range| self.touching(0, *range)) {
+            if parts.get(slot.id()).is_none() {
+                parts.replace(slot, self.files.get(&slot.id()).copied());
+            }
+        }
+        parts.changing = self.changing.clone();
+        parts
+    }
+
+    /// The slots of address space 0 that `range` touches, by place, with all that is known of each.
+    pub fn in_range(&self, range: Range) -> Vec<Placed> {
+        let of = |(place, slot): (Range, &Memslot)| Placed {
+            place,
+            slot: *slot,
+            is_changing: self.is_changing(slot.id()),
+            guest_memfd: self.files.get(&slot.id()).copied(),
+            is_one_sided: self.one_sided.contains(&slot.id()),
+        };
+        self.touching(0, range).map(of).collect()
     }
 
     /// Puts `slot` in, in place of the one with its number; one without size takes that one out. `file` is its
@@ -120,6 +186,7 @@ impl SlotRecord {
                 }
             }
         }
+        self.one_sided.remove(&id);
         self.changing.remove(&id);
         if let Some(range) = slot.range() {
             space.put(slot, range);

@@ -4,13 +4,14 @@
 
 use super::Memslot;
 use super::alignment::{self, Alignment, Breach, Demand};
+use super::guest_memfd::Pitfall;
 use super::host::{Kind, Occasion};
 use super::prediction::{Cost, Limit, Prediction, Terms, predict};
 use crate::error::Result;
 use crate::kvm::Kernel;
 use crate::kvm::caps::Caps;
 use crate::level::Level;
-use crate::range::{Range, RangeSet};
+use crate::range::{PrivateMemory, Range, RangeSet};
 
 /// The report.
 #[derive(Clone, Debug)]
@@ -19,6 +20,8 @@ pub struct Report {
     pub alignment: Alignment,
     /// Its pages.
     pub prediction: Prediction,
+    /// What is wrong with its guest_memfd.
+    pub pitfall: Option<Pitfall>,
     /// What costs most, in words; empty when nothing does that could be otherwise.
     pub message: String,
     /// The smallest change that lifts it; empty when there is none.
@@ -26,30 +29,33 @@ pub struct Report {
 }
 
 /// Reports on `range`, a part of `slot`. `private` is what of the guest's memory is private; `None`: what the slot's
-/// backing says.
+/// backing says. A strict demand turns what is wrong with its guest_memfd into an error.
 pub fn report(
     kernel: &dyn Kernel,
     caps: &Caps,
     slot: &Memslot,
     range: Range,
-    private: Option<RangeSet>,
+    private: Option<&dyn PrivateMemory>,
     demand: Demand,
 ) -> Result<Report> {
     let occasion = Occasion::now(kernel)?;
     let kind = occasion.kind(slot, slot.region.hva)?;
-    let private = match private.filter(|_| caps.has_private_memory()) {
-        Some(private) => private,
-        None => private_of(caps, slot, &kind)?,
-    };
-    let terms = Terms::new(kernel, caps.vm_type, slot, &private);
+    let said = private_of(caps, slot, &kind)?;
+    let private = private.filter(|_| caps.has_private_memory()).unwrap_or(&said);
+    let terms = Terms::new(kernel, caps.vm_type, slot, private);
     let prediction = predict(&terms, range, &occasion.survey(slot, behind(slot, range))?);
     let alignment = alignment::measure(demand.rule, &slot.region, slot.has_guest_memfd(), kind.largest);
-    let (message, hint) = match alignment.breach(&slot.region) {
-        // First things first: what follows of a breach is told by the numbers.
-        Some(Breach { message, hint }) => (message, hint),
-        None => in_words(slot, range, &prediction),
+    let pitfall = Pitfall::of(kernel, caps, slot, occasion.mappings());
+    let (message, hint) = match (pitfall, alignment.breach(&slot.region)) {
+        // First things first: what follows of them is told by the numbers.
+        (Some(pitfall), _) => {
+            let (message, hint) = pitfall.in_words();
+            (message.into(), hint.into())
+        }
+        (None, Some(Breach { message, hint })) => (message, hint),
+        (None, None) => in_words(slot, range, &prediction),
     };
-    Ok(Report { alignment, prediction, message, hint })
+    Ok(Report { alignment, prediction, pitfall, message, hint })
 }
 
 /// What of a slot is private, by its VMM's word.

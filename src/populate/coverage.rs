@@ -30,6 +30,8 @@ pub enum Loss {
     Discarded = 3,
     /// Dirty logging was turned on: first writes fault again.
     DirtyLogging = 4,
+    /// The memory was made private or shared.
+    Converted = 5,
 }
 
 /// What is populated.
@@ -95,13 +97,13 @@ impl Coverage {
         }
     }
 
-    /// `range` has been discarded. Stage 2 loses the whole of a huge page that a part of was discarded. So does the
+    /// `range` has been discarded or converted. Stage 2 loses the whole of a huge page that a part of was discarded. So does the
     /// record of the host side, though there the rest stays: else a guest's balloon could cut it into as many pieces
     /// as it has pages.
-    pub fn discarded(&mut self, range: Range) {
+    pub fn discarded(&mut self, range: Range, why: Loss) {
         let start = range.start - range.start % HUGE;
         let end = range.end.checked_next_multiple_of(HUGE).unwrap_or(range.end);
-        self.lost(Range { start, end }, Loss::Discarded);
+        self.lost(Range { start, end }, why);
     }
 
     /// `range` has been lost from both tables.
@@ -223,7 +225,7 @@ mod tests {
         coverage.gained(Table::Stage2, Access::Write, memory);
         // Every other page of every other frame.
         for page in (0..8 * HUGE).step_by(8192).filter(|page| page / HUGE % 2 == 0) {
-            coverage.discarded(Range { start: page, end: page + 4096 });
+            coverage.discarded(Range { start: page, end: page + 4096 }, Loss::Discarded);
         }
         for pieces in [coverage.host.read.iter().count(), coverage.stage2.write.iter().count()] {
             assert_eq!(pieces, 4);

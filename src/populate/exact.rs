@@ -11,12 +11,18 @@ use crate::level::Level;
 use crate::memslot::host::Occasion;
 use crate::memslot::prediction::Terms;
 use crate::memslot::{Memslot, SlotRecord};
-use crate::range::{PAGE, Range, RangeSet};
+use crate::range::{PAGE, PrivateMemory, Range, RangeSet};
 
 /// Refuses ranges at whose edges KVM may map beyond them.
-pub fn check(kernel: &dyn Kernel, caps: &Caps, slots: &SlotRecord, asked: &[Range]) -> Result<()> {
+pub fn check(
+    kernel: &dyn Kernel,
+    caps: &Caps,
+    slots: &SlotRecord,
+    asked: &[Range],
+    told: Option<&dyn PrivateMemory>,
+) -> Result<()> {
     let asked: RangeSet = asked.iter().copied().collect();
-    let edges = Edges { kernel, occasion: Occasion::now(kernel)?, caps };
+    let edges = Edges { kernel, occasion: Occasion::now(kernel)?, caps, told };
     for range in asked.iter() {
         let (mut wide, mut culprit) = (range, None);
         for gpa in [range.start, range.end - PAGE] {
@@ -40,19 +46,21 @@ struct Edges<'a> {
     kernel: &'a dyn Kernel,
     occasion: Occasion<'a>,
     caps: &'a Caps,
+    told: Option<&'a dyn PrivateMemory>,
 }
 
 impl Edges<'_> {
     /// The largest page with which KVM may map the small one.
     fn widened(&self, slot: &Memslot, page: Range) -> Result<Range> {
         let kind = self.occasion.kind(slot, slot.hva_of(page.start))?;
-        // KVM goes by each page's attribute: only who says that all is private is believed.
+        // KVM goes by each page's attribute: until these are told, only who says that all is private is believed.
         let is_hidden =
             slot.backing.is_some() && slot.is_hidden(self.caps.has_private_memory(), || Ok(false))?;
         let private: RangeSet = slot.range().filter(|_| is_hidden).into_iter().collect();
+        let private = self.told.unwrap_or(&private);
         // A file system may have huge pages in its cache.
         let largest = if kind.object == MappedObject::File { Level::M2 } else { kind.largest };
-        Ok(Terms::new(self.kernel, self.caps.vm_type, slot, &private).widened(page, largest))
+        Ok(Terms::new(self.kernel, self.caps.vm_type, slot, private).widened(page, largest))
     }
 }
 

@@ -9,8 +9,36 @@ use crate::error::{Error, Reason, Result, Stage};
 use crate::kvm::{Access, Errno, Kernel, Mappings, Sys, caps};
 use crate::range::{PAGE, Range};
 
-/// Populates `range`, which lies in `segment`.
-pub fn populate(kernel: &dyn Kernel, segment: &Segment, range: Range) -> Result<()> {
+/// Populates `range`, which lies in `segment`; `private` are those parts of it that are private now.
+pub fn populate(kernel: &dyn Kernel, segment: &Segment, range: Range, private: &[Range]) -> Result<()> {
+    if segment.host == HostMethod::Nothing {
+        return Ok(());
+    }
+    let mut at = range.start;
+    for part in private {
+        if let Some(shared) = Range::between(at, part.start) {
+            populate_side(kernel, segment, shared)?;
+        }
+        if let Some(side) = segment.private_side(*part) {
+            populate_side(kernel, &side, *part)?;
+        }
+        at = part.end;
+    }
+    Range::between(at, range.end).map_or(Ok(()), |rest| populate_side(kernel, segment, rest))
+}
+
+fn populate_side(kernel: &dyn Kernel, segment: &Segment, range: Range) -> Result<()> {
+    if segment.hva.is_none() && segment.host != HostMethod::Allocate {
+        return Err(Error::new(
+            libc::EFAULT,
+            Reason::NoHostMapping,
+            format!("guest {range} is shared, and nothing that can be written is mapped behind it"),
+        )
+        .stage(Stage::Host)
+        .slot(segment.slot)
+        .range(range)
+        .hint("map the slot's memory, or tell what is private (kvmprep_visibility_note)"));
+    }
     attempt(kernel, segment, range).map_err(|errno| explain(kernel, segment, range, errno))
 }
 
@@ -94,7 +122,8 @@ fn explain(kernel: &dyn Kernel, segment: &Segment, range: Range, errno: Errno) -
                 error.hint("needs Linux 5.14 (MADV_POPULATE_WRITE)")
             }
         }
-        _ => error(errno.0, Reason::KernelRefused, format!("populating the memory behind guest {range}: {errno}")),
+        _ => error(errno.0, Reason::KernelRefused, format!("populating the memory behind guest {range}: {errno}"))
+            .hint("see the kernel's log, remove the cause, and call again"),
     }
 }
 

@@ -48,6 +48,8 @@ pub struct Options {
     pub dirty_logged_too: bool,
     /// Refuse ranges at whose edges KVM may map beyond them.
     pub exact: bool,
+    /// It is a part of a conversion, and told of as such: no pages are counted.
+    pub for_conversion: bool,
     /// How long it may take.
     pub timeout: Option<Duration>,
 }
@@ -100,6 +102,8 @@ pub struct Job {
     pub(super) zaps_before: u64,
     pub(super) started: Instant,
     pub(super) end: OnceLock<Ended>,
+    /// Held by who sets `end`, and by who goes before it: what has ended is not counted on.
+    ending: Mutex<()>,
     /// Found missing while working, although the capability was claimed.
     pub(super) unavailable: AtomicBool,
     pub(super) refused: AtomicU32,
@@ -124,15 +128,19 @@ impl Job {
             stage2: has_stage2 && !options.host_only,
             dirty_logged_too: options.dirty_logged_too,
             has_private_memory: vm.caps()?.has_private_memory(),
+            told: vm.told(),
         };
+        if wish.stage2 {
+            vm.check_pre_fault_is_allowed()?;
+        }
         let (slots, plan) = loop {
             let (slots, changes) = {
                 let memory = vm.memory();
-                (memory.slots.clone(), memory.changes)
+                (memory.slots.parts(asked), memory.changes)
             };
             let plan = Plan::new(&*kernel, &slots, asked, wish).and_then(|plan| {
                 if options.exact && wish.stage2 {
-                    exact::check(&*kernel, vm.caps()?, &slots, asked)?;
+                    exact::check(&*kernel, vm.caps()?, &slots, asked, vm.told())?;
                 }
                 Ok(plan)
             });
@@ -147,15 +155,15 @@ impl Job {
             return Err(dirty_logged(slot, part));
         }
         if options.check_free {
-            supply::check(&*kernel, &plan)?;
+            supply::check(&*kernel, &plan, vm.told())?;
         }
         let advice_refused = options.huge_advice && !advise_huge(&*kernel, &plan);
-        let event = kernel.event().map_err(|errno| Error::kernel(errno, "making the job's eventfd"))?;
+        let event = kernel.event().map_err(|errno| Error::system(errno, "making the job's eventfd"))?;
         let Filled { queue, to_do, skipped } = fill_queue(vm, &kernel, &plan, options.skip_covered);
         let job = Arc::new(Self {
             host_total: to_do.host,
             stage2_total: to_do.stage2,
-            pages_before: pages_by_level(&*kernel, vm.fd()),
+            pages_before: if options.for_conversion { None } else { pages_by_level(&*kernel, vm.fd()) },
             zaps_before: vm.memory().coverage.zaps(),
             vm: Arc::clone(vm),
             kernel,
@@ -167,6 +175,7 @@ impl Job {
             advice_refused,
             started: Instant::now(),
             end: OnceLock::new(),
+            ending: Mutex::default(),
             unavailable: AtomicBool::new(!has_stage2),
             refused: AtomicU32::new(0),
             had_vcpu: AtomicBool::new(false),
@@ -281,12 +290,28 @@ impl Job {
 
     pub(super) fn end_with(&self, end: End) {
         let wall_ns = self.started.elapsed().as_nanos() as u64;
-        if self.end.set(Ended { how: end, wall_ns }).is_err() {
+        let is_first = {
+            let _ending = self.ending();
+            self.end.set(Ended { how: end, wall_ns }).is_ok()
+        };
+        if !is_first {
             return;
         }
         self.queue.close();
         // Semaphore-like: so many reads that it stays readable for good.
         let _ = self.kernel.event_add(&self.event, u64::MAX / 2);
+    }
+
+    /// Counts an interruption, unless the job is over: its result may have been read. Answers whether it was counted.
+    pub(super) fn count_interruption(&self) -> bool {
+        let _ending = self.ending();
+        let goes_on = self.end.get().is_none();
+        self.counters.interruptions.fetch_add(goes_on.into(), Relaxed);
+        goes_on
+    }
+
+    fn ending(&self) -> MutexGuard<'_, ()> {
+        self.ending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Stops the job.
@@ -338,7 +363,7 @@ impl Job {
             }
             self.queue
                 .sleep(now, left.min(PROGRESS_PERIOD))
-                .map_err(|errno| Error::kernel(errno, "waiting"))?;
+                .map_err(|errno| Error::system(errno, "waiting"))?;
         }
     }
 

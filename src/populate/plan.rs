@@ -7,7 +7,7 @@ use crate::error::{Error, Reason, Result, Stage};
 use crate::kvm::thp::{self, Policy};
 use crate::kvm::{Access, Errno, Kernel, MappedObject, Mapping, Mappings};
 use crate::memslot::{Backing, Memslot, SlotId, SlotRecord};
-use crate::range::{HUGE, PAGE, Range, RangeSet};
+use crate::range::{HUGE, PAGE, PrivateMemory, Range, RangeSet};
 use once_cell::unsync::OnceCell;
 use std::os::fd::RawFd;
 
@@ -38,7 +38,17 @@ pub enum HostMethod {
     Allocate = 4,
 }
 
-/// A piece of guest memory that is treated alike: one slot, one mapping.
+/// The guest_memfd behind a piece of memory, which serves what of it is private.
+#[derive(Clone, Copy, Debug)]
+pub struct PrivateSide {
+    /// The file, with the offset of the piece's first byte.
+    pub file: (RawFd, u64),
+    /// Whether all is taken to be private while nobody has said what is.
+    pub until_told: bool,
+}
+
+/// A piece of guest memory that is treated alike: one slot, one mapping. Of its parts some may be private; which, is asked
+/// when they are populated.
 #[derive(Clone, Copy, Debug)]
 pub struct Segment {
     /// Guest memory.
@@ -61,9 +71,50 @@ pub struct Segment {
     pub stage2: bool,
     /// Only resident pages.
     pub resident_only: bool,
+    /// Where its private parts are; `None` where there can be none.
+    pub private: Option<PrivateSide>,
 }
 
 impl Segment {
+    /// What of `range`, which lies in the segment, is private: by `told`, or, while nobody has said, by the slot's nature.
+    pub fn private_parts(&self, range: Range, told: Option<&dyn PrivateMemory>) -> Vec<Range> {
+        match (self.private, told) {
+            (None, _) => Vec::new(),
+            (Some(_), Some(told)) => told.private_parts(range),
+            (Some(side), None) => Some(range).filter(|_| side.until_told).into_iter().collect(),
+        }
+    }
+
+    /// How many bytes of it are private.
+    pub fn private_size(&self, told: Option<&dyn PrivateMemory>) -> u64 {
+        match (self.private, told) {
+            (None, _) => 0,
+            (Some(_), Some(told)) => told.private_size(self.range),
+            (Some(side), None) => {
+                if side.until_told {
+                    self.range.size()
+                } else {
+                    0
+                }
+            }
+        }
+    }
+
+    /// How a private part is treated: memory that the host has no mapping of.
+    pub fn private_side(&self, part: Range) -> Option<Segment> {
+        let (fd, offset) = self.private?.file;
+        Some(Segment {
+            range: part,
+            hva: None,
+            file: Some((fd, offset + (part.start - self.range.start))),
+            backing: HIDDEN,
+            page_size: PAGE,
+            host: HostMethod::Allocate,
+            access: Access::Write,
+            ..*self
+        })
+    }
+
     /// Address in this process of a gpa inside the segment.
     pub fn hva_of(&self, gpa: u64) -> Option<u64> {
         self.hva.map(|hva| hva + (gpa - self.range.start))
@@ -86,9 +137,12 @@ impl Segment {
     }
 }
 
+/// What lies behind private memory.
+pub const HIDDEN: Backing = Backing { object: MappedObject::GuestMemfd, shared: false };
+
 /// What is asked of a plan.
-#[derive(Clone, Copy, Debug)]
-pub struct Wish {
+#[derive(Clone, Copy)]
+pub struct Wish<'a> {
     /// The intent.
     pub intent: Intent,
     /// Whether stage 2 is wanted at all.
@@ -97,6 +151,8 @@ pub struct Wish {
     pub dirty_logged_too: bool,
     /// Whether the VM has private memory at all: where not, a guest_memfd that is not mapped serves nobody.
     pub has_private_memory: bool,
+    /// What of the guest's memory is private, once anybody has said.
+    pub told: Option<&'a dyn PrivateMemory>,
 }
 
 /// All segments, by place.
@@ -114,7 +170,7 @@ pub struct Plan {
 
 impl Plan {
     /// Plans `asked`, or, when that is empty, all memory that is not marked sparse or device.
-    pub fn new(kernel: &dyn Kernel, slots: &SlotRecord, asked: &[Range], wish: Wish) -> Result<Self> {
+    pub fn new(kernel: &dyn Kernel, slots: &SlotRecord, asked: &[Range], wish: Wish<'_>) -> Result<Self> {
         let mappings = Mappings::now(kernel).map_err(looking_up)?;
         let host = &Host {
             kernel,
@@ -145,7 +201,7 @@ impl Plan {
         Ok(plan)
     }
 
-    fn add_range(&mut self, host: &Host<'_>, slots: &SlotRecord, range: Range, wish: Wish) -> Result<()> {
+    fn add_range(&mut self, host: &Host<'_>, slots: &SlotRecord, range: Range, wish: Wish<'_>) -> Result<()> {
         let mut at = range.start;
         for (place, slot) in slots.touching(0, range) {
             let Some(part) = place.intersect(&range) else { continue };
@@ -169,51 +225,41 @@ impl Plan {
     }
 
     /// Adds a part of one slot, mapping by mapping.
-    fn add_slot_part(&mut self, host: &Host<'_>, slot: &Memslot, part: Range, wish: Wish) -> Result<()> {
+    fn add_slot_part(&mut self, host: &Host<'_>, slot: &Memslot, part: Range, wish: Wish<'_>) -> Result<()> {
         if slot.is_dirty_logged() && wish.stage2 && !wish.dirty_logged_too {
             self.dirty_logged += part.size();
             self.first_dirty_logged.get_or_insert((slot.id(), part));
         }
-        if host.is_hidden(slot)? {
-            return self.add_hidden(slot, part, wish);
-        }
-        let mut at = part.start;
-        while let Some(rest) = Range::between(at, part.end) {
-            let hva = slot.hva_of(at);
-            let mapping = host
-                .mappings
-                .at(hva)
-                .map_err(|errno| looking_up(errno).slot(slot.id()).range(rest))?
-                .filter(|m| m.start <= hva)
-                .ok_or_else(|| not_mapped(slot, rest, hva))?;
-            let end = part.end.min(at.saturating_add(mapping.end - hva));
-            let piece = Range { start: at, end };
-            self.segments.push(segment(host, slot, piece, hva, mapping, wish)?);
-            at = end;
-        }
-        Ok(())
-    }
-
-    /// Adds guest_memfd memory that the host has no mapping of.
-    fn add_hidden(&mut self, slot: &Memslot, part: Range, wish: Wish) -> Result<()> {
-        if wish.intent == Intent::Resident {
+        let private = host.private_side(slot)?;
+        if wish.intent == Intent::Resident
+            && wish.told.is_none()
+            && private.is_some_and(|side| side.until_told)
+        {
             // Which pages of a guest_memfd are allocated cannot be asked: leave out what may not be there.
             self.left_out.insert(part);
             return Ok(());
         }
-        let offset = slot.region.guest_memfd_offset + (part.start - slot.region.gpa);
-        self.segments.push(Segment {
-            range: part,
-            slot: slot.id(),
-            hva: None,
-            file: Some((slot.region.guest_memfd, offset)),
-            backing: Backing { object: MappedObject::GuestMemfd, shared: false },
-            page_size: PAGE,
-            host: HostMethod::Allocate,
-            access: Access::Write,
-            stage2: wish.stage2,
-            resident_only: false,
-        });
+        let mut at = part.start;
+        while let Some(rest) = Range::between(at, part.end) {
+            let hva = slot.hva_of(at);
+            let found =
+                host.mappings.at(hva).map_err(|errno| looking_up(errno).slot(slot.id()).range(rest))?;
+            let end = |hva_end: u64| part.end.min(at.saturating_add(hva_end - hva));
+            let piece = match (found.filter(|mapping| mapping.start <= hva), private) {
+                (Some(mapping), _) => {
+                    let piece = Range { start: at, end: end(mapping.end) };
+                    segment(host, slot, piece, hva, mapping, private, wish)?
+                }
+                // What is private needs no mapping.
+                (None, Some(side)) => {
+                    let piece = Range { start: at, end: found.map_or(part.end, |next| end(next.start)) };
+                    unmapped(slot, piece, side, wish)
+                }
+                (None, None) => return Err(not_mapped(slot, rest, hva)),
+            };
+            at = piece.range.end;
+            self.segments.push(piece);
+        }
         Ok(())
     }
 
@@ -233,12 +279,16 @@ struct Host<'a> {
 }
 
 impl Host<'_> {
-    /// Whether the slot's memory is a guest_memfd that the host cannot map.
-    fn is_hidden(&self, slot: &Memslot) -> Result<bool> {
-        slot.is_hidden(self.has_private_memory, || {
+    /// The slot's guest_memfd, where it serves private memory.
+    fn private_side(&self, slot: &Memslot) -> Result<Option<PrivateSide>> {
+        let Some(file) = slot.guest_memfd_at(slot.region.gpa).filter(|_| self.has_private_memory) else {
+            return Ok(None);
+        };
+        let until_told = slot.is_hidden(true, || {
             let mapping = self.mappings.at(slot.region.hva).map_err(looking_up)?;
             Ok(mapping.is_some_and(|m| m.start <= slot.region.hva && m.object == MappedObject::GuestMemfd))
-        })
+        })?;
+        Ok(Some(PrivateSide { file, until_told }))
     }
 
     /// The table of host methods, by measurement: `cargo xtask bench`, rows `host_*` and `method_*`.
@@ -253,8 +303,10 @@ impl Host<'_> {
         match (intent, access, backing.object) {
             (Intent::Resident, ..) => HostMethod::Nothing,
             // The guest reaches a guest_memfd past the host's page tables: filling those as well would be for the VMM
-            // alone, and takes a quarter longer.
-            (_, _, MappedObject::GuestMemfd) if stage2 && has_file => HostMethod::Allocate,
+            // alone, and takes a quarter longer; and where the VM has private memory, the VMM may not touch it.
+            (_, _, MappedObject::GuestMemfd) if has_file && (stage2 || self.has_private_memory) => {
+                HostMethod::Allocate
+            }
             (_, Access::Write, MappedObject::Shmem)
                 if backing.shared && has_file && !self.has_huge_shmem() =>
             {
@@ -273,7 +325,7 @@ impl Host<'_> {
 }
 
 fn looking_up(errno: Errno) -> Error {
-    Error::kernel(errno, "looking up the slot's mapping")
+    Error::system(errno, "looking up the slot's mapping")
 }
 
 fn check_slot_is_fit(slots: &SlotRecord, slot: &Memslot, part: Range, intent: Intent) -> Result<()> {
@@ -315,6 +367,29 @@ fn not_mapped(slot: &Memslot, rest: Range, hva: u64) -> Error {
     .hint("map the slot's memory before it is populated, and announce a slot's change before its munmap")
 }
 
+/// The side of a piece of the slot's.
+fn side_at(slot: &Memslot, gpa: u64, side: PrivateSide) -> PrivateSide {
+    PrivateSide { file: (side.file.0, side.file.1 + (gpa - slot.region.gpa)), ..side }
+}
+
+/// How a piece is treated that nothing is mapped behind: only what of it is private can be populated.
+fn unmapped(slot: &Memslot, range: Range, side: PrivateSide, wish: Wish<'_>) -> Segment {
+    let is_resident_only = wish.intent == Intent::Resident;
+    Segment {
+        range,
+        slot: slot.id(),
+        hva: None,
+        file: None,
+        backing: HIDDEN,
+        page_size: PAGE,
+        host: if is_resident_only { HostMethod::Nothing } else { HostMethod::PopulateWrite },
+        access: Access::Write,
+        stage2: wish.stage2,
+        resident_only: is_resident_only,
+        private: Some(side_at(slot, range.start, side)),
+    }
+}
+
 /// How one mapped piece is treated.
 fn segment(
     host: &Host<'_>,
@@ -322,7 +397,8 @@ fn segment(
     range: Range,
     hva: u64,
     mapping: Mapping,
-    wish: Wish,
+    private: Option<PrivateSide>,
+    wish: Wish<'_>,
 ) -> Result<Segment> {
     let into_slot = range.start - slot.region.gpa;
     let file = slot.file.map(|(fd, offset)| (fd, offset + into_slot));
@@ -332,10 +408,15 @@ fn segment(
         (MappedObject::File | MappedObject::Shmem, Some(kind)) => kind.object,
         (object, _) => object,
     };
-    let backing = slot.backing.unwrap_or(Backing { object, shared: mapping.shared });
+    // What the VMM says of private memory is not about what is mapped here.
+    let backing = slot.backing.filter(|said| private.is_none() || *said != HIDDEN);
+    let backing = backing.unwrap_or(Backing { object, shared: mapping.shared });
     let page_size = [mapping.page_size, kind.map_or(0, |k| k.page_size)].into_iter().max().unwrap_or(0);
     let writes = wish.intent == Intent::Write && !slot.is_read_only();
     if writes && !mapping.writable {
+        if let Some(side) = private {
+            return Ok(unmapped(slot, range, side, wish));
+        }
         return Err(Error::new(
             libc::EACCES,
             Reason::HostMappingReadOnly,
@@ -368,5 +449,6 @@ fn segment(
         access,
         stage2,
         resident_only: wish.intent == Intent::Resident,
+        private: private.map(|side| side_at(slot, range.start, side)),
     })
 }

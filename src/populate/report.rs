@@ -3,6 +3,7 @@
 //! It counts and sums; it decides nothing.
 
 use super::job::{End, Job};
+use super::plan::Segment;
 use crate::kvm::{Access, Kernel};
 use crate::memslot::Backing;
 use crate::range::RangeSet;
@@ -130,6 +131,11 @@ impl Job {
         }
     }
 
+    /// Bytes done in stage 2.
+    pub fn done_in_stage2(&self) -> u64 {
+        self.counters.stage2.load(Relaxed)
+    }
+
     /// What was done.
     pub fn report(&self) -> Report {
         let load = |counter: &AtomicU64| counter.load(Relaxed);
@@ -186,10 +192,19 @@ impl Job {
     fn backings(&self) -> [BackingReport; Backing::ALL.len()] {
         let mut reports = [BackingReport::default(); Backing::ALL.len()];
         for segment in &self.plan.segments {
-            let report = &mut reports[segment.backing.index()];
-            report.bytes += segment.range.size();
-            report.host = segment.host as u32;
-            report.writable = segment.access == Access::Write;
+            let private = segment.private_size(self.vm.told());
+            let mut add = |bytes, side: &Segment| {
+                let report = &mut reports[side.backing.index()];
+                report.bytes += bytes;
+                report.host = side.host as u32;
+                report.writable = side.access == Access::Write;
+            };
+            if let Some(side) = segment.private_side(segment.range).filter(|_| private > 0) {
+                add(private, &side);
+            }
+            if private < segment.range.size() {
+                add(segment.range.size() - private, segment);
+            }
         }
         reports
     }

@@ -7,12 +7,12 @@ use super::page_size::PageSizes;
 use super::plan::{HostMethod, Plan, Segment};
 use crate::error::{Error, Reason, Result, Stage};
 use crate::kvm::{Access, Kernel, MappedObject};
-use crate::range::{HUGE, PAGE};
+use crate::range::{HUGE, PAGE, PrivateMemory};
 use std::collections::BTreeMap;
 
 /// Refuses a plan that needs more than there is.
-pub fn check(kernel: &dyn Kernel, plan: &Plan) -> Result<()> {
-    for (page_size, need) in needs(kernel, plan) {
+pub fn check(kernel: &dyn Kernel, plan: &Plan, told: Option<&dyn PrivateMemory>) -> Result<()> {
+    for (page_size, need) in needs(kernel, plan, told) {
         let supply = if page_size > PAGE { pool(kernel, page_size) } else { memory(kernel) };
         let Some((supply, whose)) = supply else { continue };
         if need > supply {
@@ -34,13 +34,21 @@ pub fn check(kernel: &dyn Kernel, plan: &Plan) -> Result<()> {
 }
 
 /// Bytes to be allocated, by page size.
-fn needs(kernel: &dyn Kernel, plan: &Plan) -> BTreeMap<u64, u64> {
+fn needs(kernel: &dyn Kernel, plan: &Plan, told: Option<&dyn PrivateMemory>) -> BTreeMap<u64, u64> {
     let mut needs = BTreeMap::new();
     let page_sizes = PageSizes::new(kernel);
-    for segment in plan.segments.iter().filter(|s| allocates(s)) {
+    for segment in &plan.segments {
+        let private = segment.private_size(told);
+        if private > 0 && segment.host != HostMethod::Nothing {
+            *needs.entry(PAGE).or_default() += private;
+        }
+        let shared = segment.range.size() - private;
+        if shared == 0 || !allocates(segment) {
+            continue;
+        }
         // From which pool this comes is not known: count it nowhere.
         let Some(page_size) = page_sizes.of(segment, segment.range) else { continue };
-        let missing = segment.range.size().saturating_sub(present(kernel, segment));
+        let missing = shared.saturating_sub(present(kernel, segment));
         *needs.entry(page_size).or_default() += missing;
     }
     needs

@@ -11,7 +11,9 @@ use super::stage2::{self, Outcome, Patience, Pause};
 use crate::error::{Error, Reason, Result, Stage};
 use crate::kvm::{Access, ExitRequest, Kernel, MappedObject};
 use crate::memslot::Backing;
-use crate::range::Range;
+use crate::private::turns::{Try, Turn};
+use crate::range::{HUGE, Range, RangeSet};
+use crate::vm::Memory;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::time::{Duration, Instant};
@@ -28,6 +30,9 @@ pub enum Leave {
     /// The job is over.
     Ended,
 }
+
+/// Somebody converts the memory.
+struct Busy;
 
 /// A thread at work.
 pub struct Worker<'a> {
@@ -51,7 +56,13 @@ impl<'a> Worker<'a> {
         Worker { vcpu, own: &[], exit_request: None, is_library: true, is_checked: false, refused: false }
     }
 
-    fn is_wanted_elsewhere(&self) -> bool {
+    /// Whether it can fill stage 2.
+    pub fn has_vcpu(&self) -> bool {
+        self.vcpu.is_some()
+    }
+
+    /// Whether its owner wants it to come out.
+    pub fn is_wanted_elsewhere(&self) -> bool {
         self.exit_request.as_ref().is_some_and(|request| request.is_set())
     }
 }
@@ -63,7 +74,8 @@ pub fn watch_vcpu(kernel: &dyn Kernel, fd: RawFd) -> Result<Box<dyn ExitRequest>
             .hint("pass what KVM_CREATE_VCPU returned, or -1 for the host stage only")
     };
     let watch = kernel.exit_request(fd).map_err(|errno| match errno.0 {
-        libc::ENOMEM => Error::kernel(errno, "mapping kvm_run"),
+        // The second is the limit on locked memory, where all that is mapped is locked.
+        libc::ENOMEM | libc::EAGAIN => Error::system(errno, "mapping kvm_run"),
         _ => not_a_vcpu(),
     })?;
     // Other things can be mapped too, and reading there may be fatal: a file may be empty.
@@ -73,15 +85,19 @@ pub fn watch_vcpu(kernel: &dyn Kernel, fd: RawFd) -> Result<Box<dyn ExitRequest>
 impl Job {
     /// Works on the calling thread until there is nothing left for it, calling `between` before each chunk.
     pub fn run(&self, mut worker: Worker<'_>, between: &mut dyn FnMut(&Job)) -> Leave {
+        self.lend(&mut worker, between)
+    }
+
+    /// The same, for a worker that goes on to other jobs.
+    pub fn lend(&self, worker: &mut Worker<'_>, between: &mut dyn FnMut(&Job)) -> Leave {
         self.visitors.fetch_add(1, SeqCst);
-        let leave = self.work(&mut worker, between);
+        let leave = self.work(worker, between);
         self.visitors.fetch_sub(1, SeqCst);
         if leave == Leave::Interrupted {
-            // It will come again.
-            self.counters.interruptions.fetch_add(1, Relaxed);
-        } else {
-            self.end_if_deserted();
+            // It will come again, if there is anything to come for.
+            return if self.count_interruption() { leave } else { Leave::Ended };
         }
+        self.end_if_deserted();
         leave
     }
 
@@ -125,13 +141,23 @@ impl Job {
             task.finish(None, None);
             return None;
         };
+        let _turn = match self.turn(segment, range) {
+            Ok(turn) => turn,
+            Err(Busy) => {
+                // With nothing in hand: who converts may be waiting for what is.
+                drop(task);
+                let _ = self.vm.turns.wait(range);
+                return None;
+            }
+        };
+        let private = segment.private_parts(range, self.vm.told());
         let mut began = Instant::now();
         if task.needs_host {
-            if let Err(error) = host::populate(&*self.kernel, segment, range) {
+            if let Err(error) = host::populate(&*self.kernel, segment, range, &private) {
                 task.finish(Some(range), None);
                 return self.after_host_error(worker, error);
             }
-            self.vm.memory().coverage.gained(Table::Host, segment.access, range);
+            self.note_gain(&mut self.vm.memory(), Table::Host, segment.access, range);
             self.counters.host.fetch_add(range.size(), Relaxed);
             began = lap(&self.counters.host_ns, began);
         }
@@ -148,15 +174,15 @@ impl Job {
             task.finish(None, Some(range));
             return None;
         };
-        // KVM would not refuse: it would fill the page tables of that mode, which no other uses.
-        if !std::mem::replace(&mut worker.is_checked, true) && self.kernel.is_in_smm(vcpu) {
+        // KVM may not refuse: it fills those tables then, of which nobody has any use afterwards.
+        if !std::mem::replace(&mut worker.is_checked, true) && self.kernel.uses_other_tables(vcpu) {
             task.finish(None, Some(range));
             return self.after_stage2(worker, Outcome::VcpuRefused(range));
         }
         let zaps = self.vm.memory().coverage.zaps();
         let patience = InJob { job: self, yields: !worker.is_library, range };
         let (outcome, absent) = if segment.resident_only {
-            self.map_resident(vcpu, segment, range, &patience)
+            self.map_resident(vcpu, segment, range, &private, &patience)
         } else {
             (stage2::pre_fault(&*self.kernel, vcpu, range, &patience), 0)
         };
@@ -194,7 +220,12 @@ impl Job {
                     Reason::KernelRefused,
                     format!("KVM will not pre-fault guest {rest}, though it did other memory"),
                 );
-                self.fail(error.stage(Stage::Stage2).range(rest))
+                self.fail(
+                    error
+                        .stage(Stage::Stage2)
+                        .range(rest)
+                        .hint("run the guest, which faults on it; no vCPU may be in another mode"),
+                )
             }
             Outcome::Unavailable(_) if self.options.require_stage2 => {
                 self.end_with(End::Failed(Box::new(no_stage2())));
@@ -215,8 +246,31 @@ impl Job {
         Some(Leave::Ended)
     }
 
-    /// Maps what of `range` is in memory, run by run; says how many bytes, up to where it came, are not.
+    /// Maps what of `range` is in memory and shared: which private memory there is cannot be asked. Says how many bytes, up
+    /// to where it came, are not.
     fn map_resident(
+        &self,
+        vcpu: RawFd,
+        segment: &Segment,
+        range: Range,
+        private: &[Range],
+        patience: &InJob<'_>,
+    ) -> (Outcome, u64) {
+        let private: RangeSet = private.iter().copied().collect();
+        let (mut absent, mut at) = (0, range.start);
+        for shared in private.missing(range) {
+            let (outcome, lacking) = self.map_resident_part(vcpu, segment, shared, patience);
+            absent += shared.start - at + lacking;
+            at = shared.end;
+            if let Some(rest) = rest_of(&outcome) {
+                return (widen(outcome, Range { start: rest.start, end: range.end }), absent);
+            }
+        }
+        (Outcome::Done, absent + (range.end - at))
+    }
+
+    /// The same of shared memory, run by run.
+    fn map_resident_part(
         &self,
         vcpu: RawFd,
         segment: &Segment,
@@ -237,7 +291,7 @@ impl Job {
                 }
                 Err(errno) => {
                     let rest = Range { start: to_gpa(at), end: range.end };
-                    let error = Error::kernel(errno, "asking which pages are in memory (/proc/self/pagemap)");
+                    let error = Error::system(errno, "asking which pages are in memory (/proc/self/pagemap)");
                     break Outcome::Failed(rest, error.stage(Stage::Host).range(rest));
                 }
             };
@@ -255,6 +309,34 @@ impl Job {
         (outcome, absent)
     }
 
+    /// Keeps conversions away from memory that has a private side. Who converts has that turn already.
+    fn turn(&self, segment: &Segment, range: Range) -> std::result::Result<Option<Turn<'_>>, Busy> {
+        if segment.private.is_none() {
+            return Ok(None);
+        }
+        match self.vm.turns.try_take(range) {
+            Try::Taken(turn) => Ok(Some(turn)),
+            Try::Own => Ok(None),
+            Try::Busy => Err(Busy),
+        }
+    }
+
+    /// `range` is populated. A guest that converts could cut the record into as many pieces as it has pages: of what a
+    /// conversion populates only whole frames count.
+    fn note_gain(&self, memory: &mut Memory, table: Table, access: Access, range: Range) {
+        let counted = if self.options.for_conversion {
+            range
+                .start
+                .checked_next_multiple_of(HUGE)
+                .and_then(|start| Range::between(start, range.end - range.end % HUGE))
+        } else {
+            Some(range)
+        };
+        if let Some(range) = counted {
+            memory.coverage.gained(table, access, range);
+        }
+    }
+
     /// Counts `done`, of which `absent` bytes are not in memory.
     fn count_stage2(&self, segment: &Segment, done: Range, absent: u64, zaps: u64) {
         let mapped = done.size() - absent;
@@ -264,10 +346,10 @@ impl Job {
         if segment.access == Access::Read && !segment.resident_only && first_write_faults(segment.backing) {
             self.counters.first_writes.fetch_add(mapped, Relaxed);
         }
-        let mut memory = self.vm.memory();
         // A slot change may have dropped what was being mapped: claim nothing.
+        let mut memory = self.vm.memory();
         if memory.coverage.zaps() == zaps && !segment.resident_only {
-            memory.coverage.gained(Table::Stage2, segment.access, done);
+            self.note_gain(&mut memory, Table::Stage2, segment.access, done);
         }
     }
 }

@@ -1,0 +1,149 @@
+//! Giving memory up that has gone out of the guest's sight: guest_memfd pages that are shared now, shared memory that is
+//! private now.
+//!
+//! Each kind of memory has its own call for that. Whether it is time is for others ([`super::convert`]): what is given up
+//! here is lost.
+
+use super::convert::Given;
+use super::visibility::{Visibility, VisibilityMap};
+use crate::error::{Error, Result, Stage};
+use crate::kvm::{Errno, Kernel, MappedObject, Mapping, Mappings, Smaps, Sys};
+use crate::memslot::{Memslot, Placed};
+use crate::range::{PAGE, Range, RangeSet};
+use std::os::fd::RawFd;
+
+/// Where memory is given up: this process, as it is on one occasion.
+pub struct Host<'a> {
+    /// The kernel beneath.
+    pub kernel: &'a dyn Kernel,
+    /// The mappings.
+    pub mappings: &'a Mappings<'a>,
+    /// Memory that more than one slot shows: none of them has it for itself.
+    pub shown_twice: &'a RangeSet,
+    /// What is private.
+    pub map: &'a VisibilityMap,
+}
+
+impl Host<'_> {
+    /// Gives up what `part` of a slot was as `out_of_sight`.
+    pub fn drop_side(&self, slot: &Placed, part: Range, out_of_sight: Visibility) -> Result<Given> {
+        match out_of_sight {
+            // Nothing has gone out of sight: both sides are one file, and the guest may have written it since.
+            _ if slot.is_one_sided => Ok(Given::default()),
+            Visibility::Private => self.drop_private(&slot.slot, part),
+            Visibility::Shared => self.drop_shared(&slot.slot, part),
+        }
+    }
+
+    fn drop_private(&self, slot: &Memslot, part: Range) -> Result<Given> {
+        let Some((fd, offset)) = slot.guest_memfd_at(part.start) else { return Ok(Given::default()) };
+        self.kernel.punch(fd, offset, part.size()).map_err(|errno| failed(slot, part, errno))?;
+        Ok(Given { up: part.size(), ..Given::default() })
+    }
+
+    fn drop_shared(&self, slot: &Memslot, part: Range) -> Result<Given> {
+        let mut given = Given::default();
+        let mut at = part.start;
+        while let Some(rest) = Range::between(at, part.end) {
+            let found = self.mappings.at(slot.hva_of(at)).map_err(|errno| failed(slot, rest, errno))?;
+            let Some(mapping) = found else { break };
+            let mapped = slot.gpas_of(Range { start: mapping.start, end: mapping.end });
+            let Some(piece) = mapped.and_then(|mapped| mapped.intersect(&rest)) else { break };
+            let of_mapping = self.drop_mapped(slot, &mapping, piece)?;
+            given.up += of_mapping.up;
+            given.kept += of_mapping.kept;
+            given.late += of_mapping.late;
+            at = piece.end;
+        }
+        Ok(given)
+    }
+
+    fn drop_mapped(&self, slot: &Memslot, mapping: &Mapping, piece: Range) -> Result<Given> {
+        let kept = Ok(Given { kept: piece.size(), ..Given::default() });
+        let page = page_size(self.kernel, mapping).map_err(|errno| failed(slot, piece, errno))?;
+        let Some(whole) = self.whole_pages(slot, page, piece) else { return kept };
+        let host = Range { start: slot.hva_of(whole.start), end: slot.hva_of(whole.start) + whole.size() };
+        if self.shown_twice.within(host).next().is_some() {
+            return kept;
+        }
+        match self.give_up(slot, mapping, whole) {
+            Ok(()) => {}
+            Err(errno) if can_never_go(errno) => return kept,
+            Err(errno) => return Err(failed(slot, whole, errno)),
+        }
+        let up = whole.intersect(&piece).map_or(0, |up| up.size());
+        Ok(Given { up, kept: piece.size() - up, late: whole.size() - up })
+    }
+
+    /// Where pages are huge, of a pool, and can only go as a whole: `piece` without those whose rest is to stay, and with
+    /// the rest of those whose rest is not.
+    fn whole_pages(&self, slot: &Memslot, size: u64, piece: Range) -> Option<Range> {
+        if size <= PAGE {
+            return Some(piece);
+        }
+        let page_at = |gpa: u64| {
+            let hva = slot.hva_of(gpa);
+            let page = slot.gpas_of(Range::new(hva - hva % size, size)?)?;
+            (page.size() == size && self.map.may_be_dropped(page, piece)).then_some(page)
+        };
+        let last = piece.end - PAGE;
+        let start = match page_at(piece.start) {
+            Some(page) => page.start,
+            None => piece.start.checked_add(size - slot.hva_of(piece.start) % size)?,
+        };
+        let end = match page_at(last) {
+            Some(page) => page.end,
+            None => last.checked_sub(slot.hva_of(last) % size)?,
+        };
+        Range::between(start, end)
+    }
+
+    fn give_up(&self, slot: &Memslot, mapping: &Mapping, part: Range) -> Sys<()> {
+        let hva = slot.hva_of(part.start);
+        if !mapping.shared {
+            return self.kernel.discard(hva, part.size());
+        }
+        match self.kernel.remove(hva, part.size()) {
+            // Locked memory is not let go this way; by its file it is. The descriptor is the VMM's word, and what is punched
+            // out of another file is lost.
+            Err(Errno(libc::EINVAL | libc::EACCES)) => match self.file_of(slot, mapping, part) {
+                Some((fd, offset)) => self.kernel.punch(fd, offset, part.size()),
+                None => Err(Errno(libc::EINVAL)),
+            },
+            answer => answer,
+        }
+    }
+
+    /// The file behind the mapping, where the VMM has told of it and it is that still.
+    fn file_of(&self, slot: &Memslot, mapping: &Mapping, part: Range) -> Option<(RawFd, u64)> {
+        let (fd, offset) = slot.file_at(part.start)?;
+        let is_it = mapping.inode != 0
+            && self.kernel.file_status(fd).is_ok_and(|status| status.id.inode == mapping.inode)
+            && offset == mapping.offset + (slot.hva_of(part.start) - mapping.start);
+        is_it.then_some((fd, offset))
+    }
+}
+
+/// Whether that is the answer of memory that cannot be given up: a device's, a sealed file's, a locked mapping's.
+fn can_never_go(errno: Errno) -> bool {
+    matches!(errno.0, libc::EINVAL | libc::EACCES | libc::EPERM | libc::ENODEV | libc::EOPNOTSUPP)
+}
+
+/// Bytes in a page of the mapping. Where the mapping does not tell (before Linux 6.11), what may be of a pool is looked for:
+/// who took it for small pages would never give a huge one up that is converted part by part.
+pub fn page_size(kernel: &dyn Kernel, mapping: &Mapping) -> Sys<u64> {
+    match (mapping.page_size, mapping.object) {
+        (0, MappedObject::Hugetlb | MappedObject::Shmem | MappedObject::File) => {
+            Ok(Smaps::new(kernel).look(mapping.start)?.map_or(PAGE, |entry| entry.page_size))
+        }
+        (0, _) => Ok(PAGE),
+        (size, _) => Ok(size),
+    }
+}
+
+fn failed(slot: &Memslot, part: Range, errno: Errno) -> Error {
+    Error::system(errno, "giving up memory that is out of sight")
+        .stage(Stage::Drop)
+        .slot(slot.id())
+        .range(part)
+}
