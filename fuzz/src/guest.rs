@@ -3,6 +3,7 @@
 use crate::call::{Answer, call, call_with};
 use crate::fake::Fake;
 use crate::heap::{Block, Passed, bytes_of, bytes_of_all};
+use crate::image::Image;
 use crate::input::{GIANT, HUGE, Input};
 use crate::oracle::{demand, judge_output, judge_overlap, memory_in, overlap};
 use crate::slots;
@@ -10,7 +11,7 @@ use crate::world::World;
 use kvmprep::abi::*;
 use kvmprep::error::Reason;
 use kvmprep::kvm::{MappedObject, Mapping};
-use kvmprep::range::Range;
+use kvmprep::range::{Range, RangeSet};
 use kvmprep::vm::{Config, Vm};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::c_void;
@@ -32,6 +33,16 @@ pub struct Guest {
     pub has_touched: bool,
     /// Whether a change was announced at some time: jobs may wait two seconds for its end, and often.
     pub may_hold_up: bool,
+    /// The kernel that is none, where that is beneath.
+    pub fake: Option<Arc<Fake>>,
+    /// Bits of its addresses.
+    pub gpa_bits: u32,
+    /// What of its memory is private.
+    pub private: RangeSet,
+    /// What was claimed for its initial image.
+    pub image: Image,
+    /// Pieces that conversions may have left to later ones.
+    pub unfinished: u64,
     /// The slots that the real VM has been given.
     in_kernel: BTreeSet<u32>,
     /// Whether the handle knows what the real VM knows.
@@ -42,9 +53,9 @@ pub struct Guest {
 impl Guest {
     /// Over a real VM, or over a kernel that is none.
     pub fn new(input: &mut Input, world: &'static World) -> Self {
-        let real = world.vm.as_ref().filter(|_| !input.rarely(2));
-        let (vm, caps, has_own_width) = match real {
-            Some((vm_fd, caps)) => (over_real(input, *vm_fd), *caps, false),
+        let real = world.vm.as_ref().filter(|_| input.rarely(3));
+        let (vm, caps, own_width, fake) = match real {
+            Some((vm_fd, caps)) => (over_real(input, *vm_fd), *caps, None, None),
             None => over_fake(input, world),
         };
         Self {
@@ -52,9 +63,14 @@ impl Guest {
             is_real: real.is_some(),
             record: BTreeMap::new(),
             caps,
-            has_own_width,
+            has_own_width: own_width.is_some(),
             has_touched: false,
             may_hold_up: false,
+            fake,
+            gpa_bits: own_width.unwrap_or(caps.gpa_bits),
+            private: RangeSet::new(),
+            image: Image::default(),
+            unfinished: 0,
             in_kernel: BTreeSet::new(),
             is_in_step: true,
             world,
@@ -64,6 +80,11 @@ impl Guest {
     /// The slots that the handle knows.
     pub fn slots(&self) -> Vec<kvmprep_memslot> {
         self.record.values().copied().collect()
+    }
+
+    /// Where the memory of a kernel that is none is nothing but anonymous.
+    pub fn first_plain_memory(&self) -> u64 {
+        self.world.memory + 7 * HUGE
     }
 
     /// A slot that may be given to this handle.
@@ -90,7 +111,11 @@ impl Guest {
 
     pub fn set_memslots(&mut self, input: &mut Input) {
         const NAME: &str = "kvmprep_vm_set_memslots";
-        let mut slots = slots::slots(input, self.world);
+        let mut slots = if self.caps.memory_attributes != 0 && !input.rarely(4) {
+            slots::convertible_slots(input, self.world)
+        } else {
+            slots::slots(input, self.world)
+        };
         slots.iter_mut().for_each(|slot| self.keep_harmless(slot));
         let block = Block::new(&bytes_of_all(&slots), input.passed());
         let answer = call(input, NAME, &slots, |err| {
@@ -260,8 +285,11 @@ const FILES: [(&str, &str); 3] = [
     ("/proc/sys/kernel/osrelease", "7.3.4\n"),
 ];
 
-/// A handle over a kernel that says yes to everything, what it offers, and whether the guest's width is another.
-fn over_fake(input: &mut Input, world: &World) -> (*mut kvmprep_vm, kvmprep_caps, bool) {
+/// A handle over a kernel that says yes to everything, what it offers, the guest's width where that is another, and the kernel.
+fn over_fake(
+    input: &mut Input,
+    world: &World,
+) -> (*mut kvmprep_vm, kvmprep_caps, Option<u32>, Option<Arc<Fake>>) {
     let start = world.memory;
     let mut fake = Fake::new(Range { start: start + HUGE * 7, end: start + 64 * GIANT });
     let mappings = fake.mappings.get_mut().expect("no thread has it");
@@ -271,6 +299,7 @@ fn over_fake(input: &mut Input, world: &World) -> (*mut kvmprep_vm, kvmprep_caps
         end: start + HUGE * (at + 1),
         writable,
         shared: object == MappedObject::Shmem,
+        page_size: if object == MappedObject::Hugetlb { HUGE } else { rest.page_size },
         object,
         ..rest
     };
@@ -291,15 +320,19 @@ fn over_fake(input: &mut Input, world: &World) -> (*mut kvmprep_vm, kvmprep_caps
         .collect();
     fake.has_pre_fault = input.pick(&[true, true, false]);
     fake.has_no_query = input.rarely(4);
+    fake.has_private = !input.rarely(4);
     let gpa_bits = input.pick(&[None, None, None, Some(36), Some(48), Some(52)]);
     let config = Config {
         vm_fd: 0,
+        // SW_PROTECTED, SNP, TDX.
+        vm_type: if fake.has_private { input.pick(&[0, 1, 0, 1, 0, 1, 4, 5]) } else { 0 },
         gpa_bits,
         mappings_are_kept: input.rarely(2),
         gpa_shared_bit: input.pick(&[0, 0, 1 << 47, 1 << 51]),
         ..Config::default()
     };
-    let vm = Vm::new(Arc::new(fake), config).expect("the kernel says yes");
+    let fake = Arc::new(fake);
+    let vm = Vm::new(fake.clone(), config).expect("the kernel says yes");
     let caps = kvmprep_caps::from(vm.caps().expect("the kernel says yes"));
-    (Box::into_raw(Box::new(kvmprep_vm::from(Arc::new(vm)))), caps, gpa_bits.is_some())
+    (Box::into_raw(Box::new(kvmprep_vm::from(Arc::new(vm)))), caps, gpa_bits, Some(fake))
 }

@@ -165,6 +165,7 @@ macro_rules! plain {
 
 plain!(
     i32,
+    u64,
     usize,
     kvmprep::abi::kvmprep_error,
     kvmprep::abi::kvmprep_range,
@@ -177,4 +178,7 @@ plain!(
     kvmprep::abi::kvmprep_progress,
     kvmprep::abi::kvmprep_populate_opts,
     kvmprep::abi::kvmprep_populate_result,
+    kvmprep::abi::kvmprep_visibility_run,
+    kvmprep::abi::kvmprep_convert_opts,
+    kvmprep::abi::kvmprep_convert_result,
 );

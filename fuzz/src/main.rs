@@ -8,17 +8,22 @@
 #![cfg_attr(feature = "libfuzzer", no_main)]
 
 mod call;
+mod conversion;
+mod effort;
 #[path = "../../tests/fake/mod.rs"]
 mod fake;
 mod guest;
 mod heap;
+mod image;
 mod input;
+mod listener;
 mod memslots;
 mod oracle;
 mod populate;
 mod program;
 mod rules;
 mod seen;
+mod sight;
 mod slots;
 mod world;
 

@@ -10,6 +10,7 @@ use crate::slots::GUEST_MEMFD;
 use crate::world::World;
 use crate::{oracle, slots};
 use kvmprep::abi::*;
+use kvmprep::range::{Range, RangeSet};
 use std::mem::offset_of;
 
 /// Any of the three.
@@ -176,6 +177,7 @@ fn check(input: &mut Input, world: &World) {
         slot: &slot,
         rule: question.rule,
         is_mapped: world.is_ours(slot.hva, slot.size),
+        private: &RangeSet::new(),
     };
     judge_check(&asked, &answer, place.report(&answer).as_ref());
     if input.rarely(2) {
@@ -258,7 +260,7 @@ fn predict(input: &mut Input, world: &World) {
         judge_report(NAME, &report, &slot, size, world.is_ours(slot.hva, slot.size));
         judge_alignment(NAME, &report, &slot, KVMPREP_ALIGN_CONGRUENT);
         if is_whole && private_block.pointer::<u8>().is_null() {
-            judge_allowed(NAME, &report, &slot);
+            judge_allowed(NAME, &report, &slot, &RangeSet::new());
         }
     }
     if input.rarely(2) {
@@ -294,7 +296,15 @@ pub fn with_guest(input: &mut Input, world: &World, guest: &Guest) {
         judge_bound(NAME, &answer, &existing, &slot);
     }
     let is_mapped = guest.is_real && world.is_ours(slot.hva, slot.size);
-    let asked = Asked { name: NAME, caps: &guest.caps, existing: &existing, slot: &slot, rule, is_mapped };
+    let asked = Asked {
+        name: NAME,
+        caps: &guest.caps,
+        existing: &existing,
+        slot: &slot,
+        rule,
+        is_mapped,
+        private: &guest.private,
+    };
     judge_check(&asked, &answer, place.report(&answer).as_ref());
     if !can_be_compared(guest, &slot, rule) {
         return;
@@ -328,5 +338,8 @@ fn can_be_compared(guest: &Guest, slot: &kvmprep_memslot, rule: u32) -> bool {
         .record
         .values()
         .any(|a| guest.record.values().any(|b| a.slot != b.slot && oracle::are_bound_alike(a, b)));
-    !guest.has_own_width && (guest.is_real || looks_at_none) && !has_double_binding
+    // Without a handle nothing is private.
+    let is_shared =
+        Range::new(slot.gpa, slot.size).is_none_or(|place| guest.private.within(place).next().is_none());
+    !guest.has_own_width && is_shared && (guest.is_real || looks_at_none) && !has_double_binding
 }

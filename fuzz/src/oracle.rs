@@ -3,7 +3,7 @@
 use crate::call::Answer;
 use crate::heap::Block;
 use crate::slots::GUEST_MEMFD;
-use kvmprep::abi::{KVMPREP_NO_SLOT, KVMPREP_STAGE_STAGE2, kvmprep_error, kvmprep_memslot, kvmprep_range};
+use kvmprep::abi::{KVMPREP_NO_SLOT, KVMPREP_STAGE_LAUNCH, kvmprep_error, kvmprep_memslot, kvmprep_range};
 use kvmprep::error::Reason;
 use std::ffi::{c_char, c_int};
 
@@ -30,7 +30,7 @@ pub fn judge_error(call: &str, code: c_int, error: &kvmprep_error) {
     demand(Reason::ALL.get(error.reason as usize).is_some(), call, "a reason that has a name");
     demand((error.reason != Reason::None as u32) == is_error, call, "a reason for each error, and no other");
     demand(error.reason != Reason::Panicked as u32, call, "no panic");
-    demand(error.stage <= KVMPREP_STAGE_STAGE2, call, "a known stage");
+    demand(error.stage <= KVMPREP_STAGE_LAUNCH, call, "a known stage");
     demand(error.firmware_error == 0 && error.reserved0 == 0, call, "nothing in unused fields");
     demand(error.reserved == [0; 10], call, "nothing in reserved space");
     demand(error.gpa.checked_add(error.size).is_some(), call, "a range that does not wrap");

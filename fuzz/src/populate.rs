@@ -1,6 +1,7 @@
 //! Populations and jobs over little memory: the host stage for real, stage 2 where no kernel is beneath.
 
 use crate::call::{call, call_with};
+use crate::conversion;
 use crate::guest::Guest;
 use crate::heap::{Block, Passed, bytes_of, bytes_of_all, growing};
 use crate::input::{GIANT, Input};
@@ -152,7 +153,7 @@ pub fn job(input: &mut Input, guest: &mut Guest) {
 
 /// Any call on a job, or a change of the guest while it lives.
 fn job_call(input: &mut Input, guest: &mut Guest, job: *mut kvmprep_job) {
-    match input.below(10) {
+    match input.below(12) {
         0 | 1 => {
             let vcpu = if guest.is_real { -1 } else { input.pick(&[-1, 100, 101, -2]) };
             call(input, "kvmprep_job_run", &vcpu, |err| {
@@ -194,6 +195,7 @@ fn job_call(input: &mut Input, guest: &mut Guest, job: *mut kvmprep_job) {
             });
             demand(answer.is_success(), "kvmprep_job_fd", "a descriptor");
         }
+        9 | 10 => conversion::any(input, guest, false),
         _ => match input.below(4) {
             0 => guest.changing(input),
             1 => guest.note(input),

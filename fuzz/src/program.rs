@@ -3,10 +3,10 @@
 use crate::call::call;
 use crate::guest::Guest;
 use crate::heap::{Block, bytes_of_all, growing};
-use crate::input::Input;
+use crate::input::{Input, PAGE};
 use crate::oracle::{demand, judge_output};
 use crate::world::World;
-use crate::{memslots, populate, slots};
+use crate::{conversion, image, memslots, populate, slots};
 use kvmprep::abi::*;
 
 /// The most calls of a program, so that none takes long.
@@ -32,7 +32,7 @@ fn step(input: &mut Input, world: &'static World, guest: &mut Option<Guest>) {
         _ => {}
     }
     let guest = guest.get_or_insert_with(|| Guest::new(input, world));
-    match input.below(22) {
+    match input.below(40) {
         0..=3 => guest.set_memslots(input),
         4..=6 => guest.set(input),
         7 | 8 => guest.note(input),
@@ -42,16 +42,19 @@ fn step(input: &mut Input, world: &'static World, guest: &mut Option<Guest>) {
         12 | 13 => guest.coverage(input),
         14..=16 => populate::populate(input, guest),
         17 | 18 => populate::job(input, guest),
+        19..=32 => conversion::any(input, guest, true),
+        33..=36 => image::any(input, guest),
         _ => memslots::with_guest(input, world, guest),
     }
 }
 
 /// What takes neither a handle nor a slot.
 fn without_handle(input: &mut Input, world: &World) {
-    match input.below(4) {
+    match input.below(5) {
         0 => probe(input, world),
         1 => fault_stats(input, world),
         2 => pre_fault(input, world),
+        3 => gmem_create(input, world),
         _ => vm_new(input, world),
     }
 }
@@ -90,6 +93,22 @@ fn pre_fault(input: &mut Input, world: &World) {
         unsafe { kvmprep_vcpu_pre_fault(fd, block.pointer(), err) }
     });
     demand(!answer.is_success(), "kvmprep_vcpu_pre_fault", "none of these is a vCPU");
+}
+
+fn gmem_create(input: &mut Input, world: &World) {
+    const NAME: &str = "kvmprep_gmem_create";
+    let vm = input.pick(&world.descriptors);
+    let (size, flags) = (input.size(), input.code(&[0, 1, 2, 3, 4]).into());
+    let answer = call(input, NAME, &(vm, size, flags), |err| {
+        // SAFETY: no memory but err's is passed.
+        unsafe { kvmprep_gmem_create(vm, size, flags, err) }
+    });
+    if answer.is_success() {
+        demand(size > 0 && size % PAGE == 0 && size < 1 << 63, NAME, "a size that a file can have");
+        // SAFETY: the descriptor is new, and nobody else's.
+        let flags = unsafe { (libc::fcntl(answer.code, libc::F_GETFD), libc::close(answer.code)) };
+        demand(flags == (libc::FD_CLOEXEC, 0), NAME, "a descriptor that is closed on exec");
+    }
 }
 
 fn vm_new(input: &mut Input, world: &World) {

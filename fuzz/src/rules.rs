@@ -8,6 +8,7 @@ use crate::input::{GIANT, HUGE, PAGE};
 use crate::oracle::{demand, judge_overlap, overlap, text};
 use crate::slots::{GUEST_MEMFD, LOG_DIRTY_PAGES, READONLY};
 use kvmprep::abi::*;
+use kvmprep::range::{Range, RangeSet};
 
 /// The last of KVMPREP_LIMIT_*.
 const LAST_LIMIT: u32 = KVMPREP_LIMIT_FILE_OFFSET;
@@ -21,11 +22,13 @@ pub struct Asked<'a> {
     pub rule: u32,
     /// Whether all of the slot's memory is known to be mapped.
     pub is_mapped: bool,
+    /// What of the guest's memory is private.
+    pub private: &'a RangeSet,
 }
 
 /// What must hold of an answer about a slot beside others.
 pub fn judge_check(asked: &Asked<'_>, answer: &Answer, report: Option<&kvmprep_memslot_report>) {
-    let Asked { name, caps, existing, slot, rule, is_mapped } = *asked;
+    let Asked { name, caps, existing, slot, rule, is_mapped, private } = *asked;
     judge_overlap(name, answer, existing, Some(slot));
     if !answer.is_success() {
         return;
@@ -53,7 +56,7 @@ pub fn judge_check(asked: &Asked<'_>, answer: &Answer, report: Option<&kvmprep_m
     demand(report.change == change, name, "the change that it is");
     judge_report(name, report, slot, slot.size, is_mapped);
     judge_alignment(name, report, slot, rule);
-    judge_allowed(name, report, slot);
+    judge_allowed(name, report, slot, private);
 }
 
 /// What KVM looks at of a slot by itself, of one that has passed.
@@ -101,7 +104,9 @@ pub fn judge_report(
         "known values",
     );
     demand(report.limit_2m.max(report.limit_1g) <= LAST_LIMIT, name, "known limits");
-    demand(report.reserved == 0, name, "nothing in reserved space");
+    let warnings = KVMPREP_WARNING_GMEM_UNUSED | KVMPREP_WARNING_GMEM_ELSEWHERE;
+    let may_warn = if slot.flags & GUEST_MEMFD != 0 { warnings } else { 0 };
+    demand(report.warnings & !may_warn == 0, name, "known warnings, of a guest_memfd");
     judge_counts(name, &report.allowed, size, true);
     // What is not mapped is not expected.
     judge_counts(name, &report.expected, size, is_mapped);
@@ -148,7 +153,8 @@ pub fn judge_alignment(name: &str, report: &kvmprep_memslot_report, slot: &kvmpr
     // What is there already may change its flags.
     let is_placed = [KVMPREP_CHANGE_CREATE, KVMPREP_CHANGE_MOVE].contains(&report.change);
     let is_strict = rule & KVMPREP_ALIGN_STRICT != 0 && is_placed;
-    demand(!is_strict || report.breaches == 0, name, "no breach passes where that is an error");
+    let is_right = report.breaches == 0 && report.warnings == 0;
+    demand(!is_strict || is_right, name, "no breach and no warning passes where that is an error");
     demand(
         slot.hva.wrapping_add(report.hva_shift).wrapping_sub(slot.gpa) % PAGE == 0,
         name,
@@ -194,13 +200,34 @@ fn whole_pages(slot: &kvmprep_memslot, page: u64) -> u64 {
     (end / u128::from(page)).saturating_sub(start.div_ceil(page.into())) as u64
 }
 
-/// KVM's rule for the pages of a plain slot: whole ones, where gpa and hva are congruent.
-pub fn judge_allowed(name: &str, report: &kvmprep_memslot_report, slot: &kvmprep_memslot) {
+/// How many of those pages have something private in them, which such a slot cannot hold.
+fn pages_with_private(slot: &kvmprep_memslot, page: u64, private: &RangeSet) -> u64 {
+    let whole = Range { start: slot.gpa.next_multiple_of(page), end: (slot.gpa + slot.size) / page * page };
+    let mut seen = 0;
+    let mut next = whole.start;
+    for part in private.within(whole) {
+        let (first, end) = ((part.start / page * page).max(next), part.end.next_multiple_of(page));
+        seen += end.saturating_sub(first) / page;
+        next = next.max(end);
+    }
+    seen
+}
+
+/// KVM's rule for the pages of a plain slot: whole ones, shared throughout, where gpa and hva are congruent.
+pub fn judge_allowed(
+    name: &str,
+    report: &kvmprep_memslot_report,
+    slot: &kvmprep_memslot,
+    private: &RangeSet,
+) {
     if slot.flags & (GUEST_MEMFD | LOG_DIRTY_PAGES) != 0 || slot.size == 0 {
         return;
     }
-    let may_have =
-        |page: u64| if slot.gpa.wrapping_sub(slot.hva) % page == 0 { whole_pages(slot, page) } else { 0 };
+    let may_have = |page: u64| match whole_pages(slot, page) {
+        0 => 0,
+        _ if slot.gpa.wrapping_sub(slot.hva) % page != 0 => 0,
+        whole => whole - pages_with_private(slot, page, private),
+    };
     let allowed = &report.allowed;
     // The processor may have none of 1 GiB.
     demand([0, may_have(GIANT)].contains(&allowed.pages_1g), name, "the pages of 1 GiB that KVM allows");

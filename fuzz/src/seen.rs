@@ -13,7 +13,7 @@ struct Seen {
 }
 
 /// What no argument brings about, only a machine or a moment.
-const OUT_OF_REACH: [Reason; 13] = [
+const OUT_OF_REACH: [Reason; 15] = [
     // A file system's or the machine's state.
     Reason::HugetlbShortage,
     Reason::MemoryShortage,
@@ -27,6 +27,9 @@ const OUT_OF_REACH: [Reason; 13] = [
     Reason::GmemOtherVm,
     Reason::VmDead,
     Reason::ThreadFailed,
+    // A guest_memfd that can be mapped; a confidential VM's firmware.
+    Reason::GmemElsewhere,
+    Reason::FirmwareRefused,
     // Two threads at once; and kvmprep_vm_free() has no place to tell it.
     Reason::Busy,
     // A finding.

@@ -2,7 +2,7 @@
 
 use crate::input::{GIANT, HUGE, Input, PAGE};
 use crate::world::World;
-use kvmprep::abi::{kvmprep_memslot, kvmprep_range};
+use kvmprep::abi::{KVMPREP_MEMSLOT_MEMORY_FD, kvmprep_memslot, kvmprep_range};
 
 pub const LOG_DIRTY_PAGES: u32 = 1;
 pub const READONLY: u32 = 2;
@@ -119,9 +119,13 @@ fn change(input: &mut Input, world: &World, slot: &mut kvmprep_memslot) {
     }
 }
 
+/// No more than whole pages of it.
+pub fn pages(value: u64) -> u64 {
+    value & !(PAGE - 1)
+}
+
 /// Makes a slot such that KVM could have taken it, by itself, and such that it can be populated.
 fn mend(world: &World, slot: &mut kvmprep_memslot) {
-    let pages = |value: u64| value & !(PAGE - 1);
     slot.size = pages(slot.size % (16 * GIANT)).max(PAGE);
     slot.gpa = pages(slot.gpa % (1 << 45));
     if !world.is_ours(slot.hva, slot.size) || slot.hva % PAGE != 0 {
@@ -163,6 +167,42 @@ pub fn slots(input: &mut Input, world: &World) -> Vec<kvmprep_memslot> {
         let mut slot = slots[index];
         change(input, world, &mut slot);
         slots[index] = slot;
+    }
+    slots
+}
+
+/// Descriptors from here on are files of one slot each, for a kernel that knows no files.
+pub const OWN_FILES: i32 = 5000;
+
+/// The slots of a guest that converts: most have a guest_memfd, some lie next to each other, and each has memory and files
+/// of its own, one piece of the world's addresses behind the other.
+pub fn convertible_slots(input: &mut Input, world: &World) -> Vec<kvmprep_memslot> {
+    let mut slots = Vec::new();
+    let mut gpa = pages(input.place() % (1 << 35));
+    let mut hva = world.memory + input.pick(&[0, 0, 0, PAGE, 7 * HUGE, 9 * HUGE]);
+    for number in 0..1 + input.below(6) as u32 {
+        let size = pages(input.size() % (8 * GIANT)).max(PAGE);
+        if !world.is_ours(hva, size) {
+            break;
+        }
+        let has_gmem = !input.rarely(4);
+        let has_file = input.rarely(3);
+        slots.push(kvmprep_memslot {
+            slot: number,
+            flags: if has_gmem { GUEST_MEMFD } else { 0 },
+            gpa,
+            size,
+            hva,
+            guest_memfd_offset: if has_gmem { input.pick(&[0, 0, PAGE, HUGE]) } else { 0 },
+            guest_memfd: if has_gmem { OWN_FILES + 2 * number as i32 } else { -1 },
+            backing: 0,
+            attributes: if has_file { KVMPREP_MEMSLOT_MEMORY_FD } else { 0 },
+            memory_fd: if has_file { OWN_FILES + 1 + 2 * number as i32 } else { -1 },
+            memory_fd_offset: 0,
+            reserved: [0; 8],
+        });
+        hva += size;
+        gpa += size + input.pick(&[0, 0, 0, PAGE, HUGE, GIANT]);
     }
     slots
 }
