@@ -5,10 +5,12 @@
 include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 
-# In one of a distribution's packages goes what runs programs, in another what builds them, in a third the archive.
+# In one of a distribution's packages goes what runs programs, in another what builds them, in a third the archive; and
+# what belongs to the model in one that no other needs.
 set(runtime kvmprep_runtime)
 set(development kvmprep_development)
 set(static kvmprep_static)
+set(model kvmprep_model)
 
 install(TARGETS kvmprep EXPORT kvmprep
     LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT ${runtime} NAMELINK_COMPONENT ${development}
@@ -27,7 +29,8 @@ install(EXPORT kvmprep NAMESPACE kvmprep:: FILE kvmprepTargets.cmake DESTINATION
 install(EXPORT kvmprep_static NAMESPACE kvmprep:: FILE kvmprepStaticTargets.cmake DESTINATION ${package_dir}
     COMPONENT ${static})
 configure_package_config_file(cmake/kvmprepConfig.cmake.in kvmprepConfig.cmake
-    INSTALL_DESTINATION ${package_dir} PATH_VARS CMAKE_INSTALL_LIBDIR NO_SET_AND_CHECK_MACRO)
+    INSTALL_DESTINATION ${package_dir} PATH_VARS CMAKE_INSTALL_LIBDIR CMAKE_INSTALL_INCLUDEDIR
+    NO_SET_AND_CHECK_MACRO)
 # As the soname has it: what was built with an earlier version of the same major number goes on working.
 write_basic_package_version_file(kvmprepConfigVersion.cmake COMPATIBILITY SameMajorVersion)
 install(FILES ${CMAKE_CURRENT_BINARY_DIR}/kvmprepConfig.cmake ${CMAKE_CURRENT_BINARY_DIR}/kvmprepConfigVersion.cmake
@@ -58,14 +61,19 @@ else()
 endif()
 list(TRANSFORM KVMPREP_LINK_LIBRARIES PREPEND "-l" OUTPUT_VARIABLE pkgconfig_private)
 list(JOIN pkgconfig_private " " pkgconfig_private)
-configure_file(cmake/kvmprep.pc.in kvmprep.pc @ONLY)
-install(FILES ${CMAKE_CURRENT_BINARY_DIR}/kvmprep.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig
-    COMPONENT ${development})
+function(install_pkgconfig name component)
+    configure_file(cmake/${name}.pc.in ${name}.pc @ONLY)
+    install(FILES ${CMAKE_CURRENT_BINARY_DIR}/${name}.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig
+        COMPONENT ${component})
+endfunction()
+install_pkgconfig(kvmprep ${development})
 
 # --- for people ---
 
+set(model_page man/kvmprep_model.7)
 foreach(section 3 7)
-    file(GLOB pages CONFIGURE_DEPENDS man/*.${section})
+    file(GLOB pages RELATIVE ${CMAKE_CURRENT_SOURCE_DIR} CONFIGURE_DEPENDS man/*.${section})
+    list(REMOVE_ITEM pages ${model_page})
     install(FILES ${pages} DESTINATION ${CMAKE_INSTALL_MANDIR}/man${section} COMPONENT ${development})
 endforeach()
 # CMAKE_INSTALL_DOCDIR is the surrounding project's where there is one.
@@ -75,3 +83,21 @@ else()
     set(docdir ${CMAKE_INSTALL_DATAROOTDIR}/doc/kvmprep)
 endif()
 install(FILES LICENSE-MIT LICENSE-APACHE DESTINATION ${docdir} COMPONENT ${runtime})
+
+# --- the model ---
+
+if(KVMPREP_MODEL)
+    # Where the loader looks: it is preloaded by its name.
+    install(FILES ${KVMPREP_MODEL_LIBRARY} DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT ${model})
+    # What `cmake --install --strip` does with targets. To CMake this is a file like any other.
+    cmake_path(GET KVMPREP_MODEL_LIBRARY FILENAME model_name)
+    install(CODE "
+        if(CMAKE_INSTALL_DO_STRIP)
+            get_filename_component(directory [[${CMAKE_INSTALL_LIBDIR}]] ABSOLUTE BASE_DIR \"\${CMAKE_INSTALL_PREFIX}\")
+            execute_process(COMMAND [[${CMAKE_STRIP}]] \"\$ENV{DESTDIR}\${directory}/${model_name}\"
+                COMMAND_ERROR_IS_FATAL ANY)
+        endif()" COMPONENT ${model})
+    install(FILES ${KVMPREP_MODEL_HEADER} DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} COMPONENT ${model})
+    install(FILES ${model_page} DESTINATION ${CMAKE_INSTALL_MANDIR}/man7 COMPONENT ${model})
+    install_pkgconfig(kvmprep-model ${model})
+endif()

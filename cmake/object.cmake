@@ -5,62 +5,8 @@
 # would clash with runtime. So the archive is linked into one object, and what is no interface is made local. The
 # unwinder's tables are part of the object and panics are caught as before.
 
-# --- cargo ---
-
-if(NOT KVMPREP_CARGO AND DEFINED ENV{CARGO})
-    set(KVMPREP_CARGO "$ENV{CARGO}" CACHE FILEPATH "cargo, 1.85 or newer")
-endif()
-find_program(KVMPREP_CARGO cargo HINTS "$ENV{CARGO_HOME}/bin" "$ENV{HOME}/.cargo/bin"
-    DOC "cargo, 1.85 or newer")
-if(NOT KVMPREP_CARGO)
-    message(FATAL_ERROR "cargo was not found: install Rust 1.85 or newer, or name it with -DKVMPREP_CARGO=")
-endif()
-set(KVMPREP_CARGO_FLAGS "" CACHE STRING
-    "Further options for cargo, such as --offline, as a shell takes them or as a list")
-string(REPLACE ";" " " cargo_flags "${KVMPREP_CARGO_FLAGS}")
-separate_arguments(cargo_flags UNIX_COMMAND "${cargo_flags}")
-# It is always given, and cargo takes it once.
-list(REMOVE_ITEM cargo_flags --locked)
-
-execute_process(COMMAND ${KVMPREP_CARGO} -vV OUTPUT_VARIABLE cargo_says RESULT_VARIABLE cargo_failed)
-if(cargo_failed OR NOT cargo_says MATCHES "host: ([^\n]+)")
-    message(FATAL_ERROR "${KVMPREP_CARGO} -vV does not say what it builds for: ${cargo_failed} ${cargo_says}")
-endif()
-set(cargo_host "${CMAKE_MATCH_1}")
-
-# Rust's name for what the C compiler builds for. It is guessed only where it cannot be guessed wrong.
-set(KVMPREP_RUST_TARGET "" CACHE STRING "Rust's target triple; empty: this machine")
-if(KVMPREP_RUST_TARGET)
-    set(rust_target "${KVMPREP_RUST_TARGET}")
-elseif(CMAKE_CROSSCOMPILING)
-    message(FATAL_ERROR "Cross-compiling: name the target as Rust does, such as "
-        "-DKVMPREP_RUST_TARGET=${CMAKE_SYSTEM_PROCESSOR}-unknown-linux-gnu")
-else()
-    set(rust_target "${cargo_host}")
-endif()
-
-# A list of configurations is known only when a build starts: there the library is always the release.
-if(CMAKE_BUILD_TYPE STREQUAL "Debug")
-    set(cargo_profile dev)
-    set(cargo_directory debug)
-else()
-    set(cargo_profile release)
-    set(cargo_directory release)
-endif()
-
-set(cargo_target_dir "${CMAKE_CURRENT_BINARY_DIR}/cargo")
-set(cargo_archive "${cargo_target_dir}/${rust_target}/${cargo_directory}/libkvmprep.a")
-
-# Cargo is asked each time: it alone knows what has changed, and leaves the archive alone when nothing has.
-add_custom_target(kvmprep_cargo
-    COMMAND ${KVMPREP_CARGO} rustc --package kvmprep --lib --crate-type staticlib --locked
-        --profile ${cargo_profile} --target ${rust_target} --target-dir ${cargo_target_dir} ${cargo_flags}
-    WORKING_DIRECTORY ${CMAKE_CURRENT_SOURCE_DIR}
-    BYPRODUCTS ${cargo_archive}
-    COMMENT "Building kvmprep with cargo"
-    USES_TERMINAL VERBATIM)
-
-# --- the object ---
+set(cargo_archive "${cargo_artifact_dir}/libkvmprep.a")
+kvmprep_add_cargo(kvmprep_cargo kvmprep staticlib libkvmprep.a)
 
 # The interface is what the version script lists.
 file(STRINGS abi/kvmprep.map interface REGEX "^ +kvmprep_[a-z0-9_]+;$")
