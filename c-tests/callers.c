@@ -125,6 +125,34 @@ static void ask(struct setting *s_of, struct kvmprep_vm *vm) {
         CHECK_OUTPUT(stats, kvmprep_get_fault_stats(&s.vcpus[0].fd, 1, out, out_size, &s.err));
 }
 
+#if KVMPREP_VERSION >= 0x0400
+/* An input whose output is pointed to: both grow. The memory is private on paper, and becomes shared there.
+ */
+static void convert(struct setting *s, struct kvmprep_vm *vm) {
+    struct kvmprep_convert_opts opts = KVMPREP_CONVERT_OPTS_INIT;
+    struct kvmprep_range range = {MEMORY_GPA, SIZE, {0, 0}};
+    GUARDED(struct kvmprep_convert_result) result;
+    opts.steps = KVMPREP_CONVERT_DROP;
+    opts.result = &result.value;
+    opts.result_size = sizeof(result.value);
+    CHECK_OK(kvmprep_visibility_note(vm, &range, KVMPREP_PRIVATE, &s->err), s->err);
+    PREPARE(result);
+#ifdef CALLER_IS_NEWER
+    opts.added_later[1] = 1;
+    CHECK_ERR(kvmprep_convert(vm, &range, KVMPREP_SHARED, &opts, &s->err), s->err, E2BIG,
+              KVMPREP_REASON_STRUCT_SIZE);
+    CHECK_EQ(*(unsigned char *)&result.value, UNTOUCHED);
+    opts.added_later[1] = 0;
+#endif
+    CHECK_OK(kvmprep_convert(vm, &range, KVMPREP_SHARED, &opts, &s->err), s->err);
+    CHECK_UNTOUCHED_BEHIND(result);
+    CHECK_EQ(result.value.converted, SIZE);
+#ifdef CALLER_IS_NEWER
+    CHECK_EQ(result.value.added_later[0] | result.value.added_later[1], 0);
+#endif
+}
+#endif
+
 void CALLER(void);
 void CALLER(void) {
     struct setting s = setting_make(ANON_4K, SIZE);
@@ -133,6 +161,9 @@ void CALLER(void) {
     populate(&s, vm);
     run_job(&s, vm);
     ask(&s, vm);
+#if KVMPREP_VERSION >= 0x0400
+    convert(&s, vm);
+#endif
     CHECK_EQ(kvmprep_vm_free(vm), 0);
     setting_end(&s);
 }

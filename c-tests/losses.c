@@ -1,9 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
  * When to populate, and what undoes it: each case is a sentence of the header's, shown on a guest. Prepared
- * memory is not lost by what a vCPU is told before it runs; it is lost, in whole or part, by system
- * management mode, by fork, by KSM and by dirty logging; and a slot whose writes are logged is not filled
- * unless that is wanted.
+ * memory is not lost by what a vCPU is told before it runs; it is lost, in whole or part, by fork, by KSM and
+ * by dirty logging; and a slot whose writes are logged is not filled unless that is wanted.
  */
 #define _GNU_SOURCE
 #include "support/check.h"
@@ -11,19 +10,19 @@
 #include "support/host.h"
 #include "support/setting.h"
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #define SIZE (16 * MIB)
 #define PAGES (SIZE / PAGE)
-#define SMM_SLOT                                                                                             \
-    (1u << 16 | MEMORY_SLOT) /* the same number in the address space of system management mode               \
-                              */
 
 static const struct kvmprep_range all = {.gpa = MEMORY_GPA, .size = SIZE};
 
@@ -40,13 +39,6 @@ static void populate(struct setting *s) {
     struct kvmprep_populate_result result = populate_with(s, s->vcpus[0].fd, 0);
     CHECK_EQ(result.stage2, SIZE);
     CHECK_EQ(result.remaining, 0);
-}
-
-/* Faults that the guest takes on writing all its memory, that of its code page apart. */
-static uint64_t faults_beyond_code(struct setting *s) {
-    uint64_t faults = faults_of_touch(&s->vcpus[0], TOUCH_WRITE, MEMORY_GPA, SIZE);
-    CHECK(faults > 0);
-    return faults - 1;
 }
 
 /* ---- What a vCPU has been told ---- */
@@ -70,7 +62,7 @@ static void skip_unless_levels_are_fixed(void) {
     while (!is_amd && fgets(line, sizeof(line), file) != NULL)
         is_amd = strstr(line, "AuthenticAMD") != NULL;
     fclose(file);
-    if (!is_amd)
+    if (!is_amd && !kvm_is_modelled())
         check_skipped("CPUID may change the number of page-table levels here, which is why the header asks "
                       "for it first");
 }
@@ -103,77 +95,6 @@ static void populated_before_the_registers_are_set(void) {
     setting_end(&s);
 }
 
-/* ---- System management mode ---- */
-
-static void set_smm(struct setting *s, int vcpu, bool smm) {
-    struct kvm_vcpu_events events;
-    if (ioctl(s->vm.fd, KVM_CHECK_EXTENSION, KVM_CAP_X86_SMM) <= 0)
-        check_skipped("this kernel has no system management mode");
-    CHECK_EQ(ioctl(s->vcpus[vcpu].fd, KVM_GET_VCPU_EVENTS, &events), 0);
-    events.flags = KVM_VCPUEVENT_VALID_SMM;
-    events.smi.smm = smm;
-    CHECK_EQ(ioctl(s->vcpus[vcpu].fd, KVM_SET_VCPU_EVENTS, &events), 0);
-}
-
-/* The memory has slots in both address spaces, as QEMU makes them; the first vCPU is in SMM. */
-static struct setting setting_in_smm(void) {
-    struct setting s = setting_make_with_stage2(ANON_4K, SIZE);
-    struct kvmprep_memslot slot = s.slot;
-    set_smm(&s, 0, true);
-    slot.slot = SMM_SLOT;
-    CHECK_OK(kvmprep_memslot_set(s.handle, &slot, &s.err), s.err);
-    return s;
-}
-
-/* What the kernel does: it fills the page tables of that mode, says that all is well, and the guest still
- * faults. */
-static void the_kernel_fills_the_tables_of_smm(void) {
-    struct setting s = setting_in_smm();
-    uint64_t gpa = MEMORY_GPA, size = SIZE;
-    memset(s.memory.hva, 1, SIZE);
-    while (size > 0)
-        CHECK_EQ(raw_pre_fault(s.vcpus[0].fd, &gpa, &size), 0);
-    set_smm(&s, 0, false);
-    CHECK_EQ(faults_beyond_code(&s), PAGES);
-    setting_end(&s);
-}
-
-/* So the library does not use such a vCPU, and does not say that stage 2 is done. */
-static void a_vcpu_in_smm_is_refused(void) {
-    struct setting s = setting_in_smm();
-    struct kvmprep_populate_result result = populate_with(&s, s.vcpus[0].fd, 0);
-    CHECK_EQ(result.host, SIZE);
-    CHECK_EQ(result.stage2, 0);
-    CHECK_EQ(result.remaining, SIZE);
-    CHECK_EQ(result.stage2_state, KVMPREP_STAGE2_VCPUS_REFUSED);
-
-    struct kvmprep_populate_opts opts = KVMPREP_POPULATE_OPTS_INIT;
-    opts.vcpu_fd = s.vcpus[0].fd;
-    opts.flags = KVMPREP_POPULATE_REQUIRE_STAGE2;
-    CHECK_ERR(kvmprep_populate(s.handle, &all, 1, &opts, &result, sizeof(result), &s.err), s.err, EOPNOTSUPP,
-              KVMPREP_REASON_VCPU_REFUSED);
-    setting_end(&s);
-}
-
-/* Another vCPU takes its work; or itself, when it is out of SMM. */
-static void others_do_the_work_of_a_vcpu_in_smm(void) {
-    struct setting s = setting_in_smm();
-    struct kvmprep_populate_result result;
-    struct kvmprep_job *job;
-    CHECK_OK(kvmprep_job_new(s.handle, &all, 1, NULL, &job, &s.err), s.err);
-    CHECK_ERR(kvmprep_job_run(job, s.vcpus[0].fd, &s.err), s.err, EOPNOTSUPP, KVMPREP_REASON_VCPU_REFUSED);
-    CHECK_OK(kvmprep_job_run(job, s.vcpus[1].fd, &s.err), s.err);
-    CHECK_OK(kvmprep_job_wait(job, 0, &result, sizeof(result), &s.err), s.err);
-    CHECK_EQ(result.stage2, SIZE);
-    CHECK_EQ(result.stage2_state, KVMPREP_STAGE2_DONE);
-    CHECK_EQ(kvmprep_job_free(job), 0);
-
-    set_smm(&s, 0, false);
-    populate(&s);
-    CHECK_EQ(faults_beyond_code(&s), 0);
-    setting_end(&s);
-}
-
 /* ---- Fork ---- */
 
 enum child { LIVES, HAS_EXITED };
@@ -182,6 +103,7 @@ static pid_t make_child(enum child child) {
     pid_t pid = fork();
     CHECK(pid >= 0);
     if (pid == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL); /* nobody ends it where the case fails */
         while (child == LIVES)
             pause();
         _exit(0);
@@ -293,10 +215,8 @@ static void a_fork_while_populating_memory_kept_from_children(void) {
 
 /* ---- KSM ---- */
 
-static long ksm_number(const char *name) {
-    char path[64];
+static long number_in(const char *path) {
     long number = -1;
-    snprintf(path, sizeof(path), "/sys/kernel/mm/ksm/%s", name);
     FILE *file = fopen(path, "r");
     if (file == NULL)
         check_skipped("no KSM: %s: %s", path, strerror(errno));
@@ -305,12 +225,19 @@ static long ksm_number(const char *name) {
     return number;
 }
 
+static long ksm_number(const char *name) {
+    char path[64];
+    snprintf(path, sizeof(path), "/sys/kernel/mm/ksm/%s", name);
+    return number_in(path);
+}
+
 static void set_ksm(const char *name, long number) {
     char path[64];
     snprintf(path, sizeof(path), "/sys/kernel/mm/ksm/%s", name);
-    FILE *file = fopen(path, "w");
+    FILE *file = machine_may_be_changed() ? fopen(path, "w") : NULL;
     if (file == NULL)
-        check_skipped("KSM cannot be set: %s: %s", path, strerror(errno));
+        check_skipped("KSM cannot be set: %s: %s", path,
+                      machine_may_be_changed() ? strerror(errno) : "others use this machine");
     fprintf(file, "%ld", number);
     CHECK_EQ(fclose(file), 0);
 }
@@ -319,6 +246,12 @@ static void set_ksm(const char *name, long number) {
 static void merged_memory_is_worse_than_unpopulated(void) {
     struct setting s = setting_make_with_stage2(ANON_4K, SIZE);
     long pages_to_scan = ksm_number("pages_to_scan"), pause = ksm_number("sleep_millisecs");
+    /* On the software model it is this machine's own KSM: two runs of the tests take turns. The bed's kernels
+     * need not have locks, and have one run. */
+    int turn = open("/sys/kernel/mm/ksm/run", O_RDONLY | O_CLOEXEC);
+    CHECK(turn >= 0 && (flock(turn, LOCK_EX) == 0 || errno == ENOSYS));
+    if (ksm_number("run") != 0)
+        check_skipped("KSM is at work for others");
     CHECK_EQ(madvise(s.memory.hva, SIZE, MADV_MERGEABLE), 0);
     populate(&s);
     set_ksm("pages_to_scan", 100000);
@@ -330,14 +263,17 @@ static void merged_memory_is_worse_than_unpopulated(void) {
     while (ksm_number("full_scans") < until)
         sleep_us(10000);
     set_ksm("run", 0);
-    long merged = ksm_number("pages_sharing") + ksm_number("pages_shared");
+    long merged = number_in("/proc/self/ksm_merging_pages"); /* others may have such memory too */
     uint64_t faults = faults_beyond_code(&s);
     set_ksm("run", 2); /* unmerges all */
     set_ksm("run", 0);
     set_ksm("pages_to_scan", pages_to_scan);
     set_ksm("sleep_millisecs", pause);
+    close(turn);
     CHECK_EQ(merged, PAGES);
-    CHECK_EQ(faults, 2 * PAGES);
+    /* The model takes a merged page that nobody shares any more for one that was never merged. */
+    const uint64_t unseen = kvm_is_modelled() ? PAGES / 64 : 0;
+    CHECK(faults <= 2 * PAGES && faults >= 2 * PAGES - unseen);
     setting_end(&s);
 }
 
@@ -423,9 +359,6 @@ int main(int argc, char **argv) {
     static const struct check_case cases[] = {
         {"populated_by_a_vcpu_without_cpuid", populated_by_a_vcpu_without_cpuid},
         {"populated_before_the_registers_are_set", populated_before_the_registers_are_set},
-        {"the_kernel_fills_the_tables_of_smm", the_kernel_fills_the_tables_of_smm},
-        {"a_vcpu_in_smm_is_refused", a_vcpu_in_smm_is_refused},
-        {"others_do_the_work_of_a_vcpu_in_smm", others_do_the_work_of_a_vcpu_in_smm},
         {"a_living_child_costs_two_faults_a_page", a_living_child_costs_two_faults_a_page},
         {"an_exited_child_costs_a_fault_a_page", an_exited_child_costs_a_fault_a_page},
         {"memory_kept_from_children_keeps_its_mappings", memory_kept_from_children_keeps_its_mappings},

@@ -764,7 +764,7 @@ struct piece {
 };
 
 static void check_machine(const struct machine *machine, bool with_gmem) {
-    struct vm vm = vm_make();
+    struct vm vm = with_gmem ? vm_make_private() : vm_make(); /* others would not use it */
     struct kvmprep_vm_config config = KVMPREP_VM_CONFIG_INIT;
     struct kvmprep_error err;
     struct kvmprep_caps caps;
@@ -831,10 +831,67 @@ static void qemu(void) {
 }
 
 static void qemu_with_guest_memfd(void) {
-    struct place p = place_make_with_gmem(); /* skips where there is none */
-    place_end(&p);
     for (int i = 0; i < 2; i++)
         check_machine(&machines[i], true);
+}
+
+/* What KVM takes without a word: told by the report, and refused where strictness is asked for. */
+static void check_pitfall(struct place *p, uint32_t warning, uint32_t reason) {
+    struct kvmprep_memslot_report report;
+    struct kvmprep_error err;
+    uint32_t rules[] = {KVMPREP_ALIGN_KERNEL, KVMPREP_ALIGN_KERNEL | KVMPREP_ALIGN_STRICT};
+    for (int strict = 0; strict < 2; strict++) {
+        int r = kvmprep_vm_check_memslot(p->s.handle, &p->good, rules[strict], &report, sizeof(report), &err);
+        if (strict && reason != KVMPREP_REASON_NONE) {
+            CHECK_ERR(r, err, EINVAL, reason);
+            CHECK_EQ(err.slot, p->good.slot);
+            continue;
+        }
+        CHECK_OK(r, err);
+        CHECK_EQ(report.warnings, warning);
+        CHECK_EQ(report.message[0] != 0, warning != 0);
+        CHECK_EQ(report.hint[0] != 0, warning != 0);
+    }
+    CHECK_EQ(slot_set(&p->s.vm, &p->good), 0); /* KVM indeed takes it */
+    CHECK_EQ(slot_delete(&p->s.vm, p->good.slot), 0);
+}
+
+static void guest_memfd_that_is_never_used(void) {
+    struct place p = place_make_with_gmem();
+    check_pitfall(&p, KVMPREP_WARNING_GMEM_UNUSED, KVMPREP_REASON_GMEM_UNUSED);
+    place_end(&p);
+}
+
+static void guest_memfd_that_is_mapped_elsewhere(void) {
+    struct place p = place_make_with_gmem();
+    const char *why;
+    if (!kind_is_had(&p.s.vm, GMEM_SHARED, &why))
+        check_skipped("%s", why);
+    int other = guest_memfd(&p.s.vm, GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED, 2 * SIZE);
+    close(p.gmem);
+    p.gmem = guest_memfd(&p.s.vm, GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED, 2 * SIZE);
+    p.good.guest_memfd = p.gmem;
+    const struct {
+        int fd; /* mapped at the hva; -1: anonymous memory */
+        size_t offset, size;
+        bool is_right;
+    } rows[] = {
+        {p.gmem, SIZE, SIZE, true},         {p.gmem, 0, SIZE, false}, {other, SIZE, SIZE, false},
+        {p.gmem, SIZE, SIZE - PAGE, false}, {-1, 0, SIZE, false},
+    };
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+        char *space = mmap(NULL, 2 * SIZE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        CHECK(space != MAP_FAILED);
+        int flags = MAP_FIXED | (rows[i].fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED);
+        CHECK(mmap(space, rows[i].size, PROT_READ | PROT_WRITE, flags, rows[i].fd, (off_t)rows[i].offset) ==
+              space);
+        p.good.hva = (uintptr_t)space;
+        check_pitfall(&p, rows[i].is_right ? 0 : KVMPREP_WARNING_GMEM_ELSEWHERE,
+                      rows[i].is_right ? KVMPREP_REASON_NONE : KVMPREP_REASON_GMEM_ELSEWHERE);
+        munmap(space, 2 * SIZE);
+    }
+    close(other);
+    place_end(&p);
 }
 
 int main(int argc, char **argv) {
@@ -862,6 +919,8 @@ int main(int argc, char **argv) {
         {"pieces_of_a_guest_memfd", pieces_of_a_guest_memfd},
         {"guest_memfd_that_was_closed", guest_memfd_that_was_closed},
         {"guest_memfd_where_there_is_none", guest_memfd_where_there_is_none},
+        {"guest_memfd_that_is_never_used", guest_memfd_that_is_never_used},
+        {"guest_memfd_that_is_mapped_elsewhere", guest_memfd_that_is_mapped_elsewhere},
         {"vm_with_private_memory", vm_with_private_memory},
         {"qemu", qemu},
         {"qemu_with_guest_memfd", qemu_with_guest_memfd},

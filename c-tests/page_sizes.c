@@ -178,7 +178,7 @@ static void no_transparent_huge_pages(void) {
     for (size_t i = 0; i < sizeof(off) / sizeof(off[0]); i++) {
         struct combination c = combination_of(ANON_4K, SIZE);
         c.policy = off[i];
-        if (off[i] == POLICY_NEVER_2M && kernel_release() < 6008)
+        if (off[i] == POLICY_NEVER_2M && host_release() < 6008)
             continue; /* no setting for 2 MiB alone */
         report = report_of(&c);
         check_limit(&report, KVMPREP_LIMIT_NO_THP, SIZE);
@@ -235,7 +235,7 @@ static void small_pages_that_are_there(void) {
     struct combination c = combination_of(ANON_4K, SIZE);
     c.resident = RESIDENT_WRITTEN;
     c.resident_at = FRAME + MIB;
-    if (kernel_release() < 6007)
+    if (host_release() < 6007)
         check_skipped("before Linux 6.7 nobody can tell that there are small pages");
     skip_unless_had(&c);
     struct scene scene = scene_make(&c);

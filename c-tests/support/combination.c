@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include "combination.h"
 #include "check.h"
+#include "host.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -32,7 +33,7 @@ struct combination combination_of(enum kind kind, uint64_t size) {
 #define GIGANTIC_POOL "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages"
 
 static bool has_gigantic_page(void) {
-    FILE *file = fopen(GIGANTIC_POOL, "r+");
+    FILE *file = machine_may_be_changed() ? fopen(GIGANTIC_POOL, "r+") : NULL;
     long pages = 0;
     if (file == NULL)
         return false;
@@ -250,7 +251,7 @@ static bool parameter_is_on(const char *path) {
 }
 
 bool scene_has_nested_paging(void) {
-    return parameter_is_on("/sys/module/kvm_amd/parameters/npt") ||
+    return kvm_is_modelled() || parameter_is_on("/sys/module/kvm_amd/parameters/npt") ||
            parameter_is_on("/sys/module/kvm_intel/parameters/ept");
 }
 

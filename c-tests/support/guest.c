@@ -3,41 +3,22 @@
 #define _GNU_SOURCE
 #include "guest.h"
 #include "check.h"
+#include "host.h"
+#include "routines.h"
 #include <errno.h>
 #include <fcntl.h>
+#include <kvmprep-model.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/utsname.h>
 #include <time.h>
 #include <unistd.h>
 
 #define HUGE_PAGE (2 * MIB)
-#define DONE_PORT 0x10
-
-/* Offsets of the routines in the code page. */
-enum { WRITE_AT = 0, READ_AT = 32, LOOP_AT = 64 };
-
-/* edi: address, ecx: pages, eax: what to write. */
-static const unsigned char write_code[] = {
-    0x89, 0x07,                              /* 1: mov %eax, (%edi) */
-    0x81, 0xc7,      0x00, 0x10, 0x00, 0x00, /* add $4096, %edi */
-    0x49,                                    /* dec %ecx */
-    0x75, 0xf5,                              /* jnz 1b */
-    0xe6, DONE_PORT,                         /* out %al, $DONE_PORT */
-    0xf4,                                    /* hlt */
-};
-static const unsigned char read_code[] = {
-    0x8b, 0x1f,                              /* 1: mov (%edi), %ebx */
-    0x81, 0xc7,      0x00, 0x10, 0x00, 0x00, /* add $4096, %edi */
-    0x49,                                    /* dec %ecx */
-    0x75, 0xf5,                              /* jnz 1b */
-    0xe6, DONE_PORT,                         /* out %al, $DONE_PORT */
-    0xf4,                                    /* hlt */
-};
-static const unsigned char loop_code[] = {0xeb, 0xfe}; /* 1: jmp 1b */
 
 const char *kind_name(enum kind kind) {
     static const char *const names[KINDS] = {
@@ -54,7 +35,7 @@ const char *kind_name(enum kind kind) {
     return names[kind];
 }
 
-static struct vm make(unsigned long type) {
+struct vm vm_make_of_type(unsigned long type) {
     struct vm vm = {.kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC), .is_private = type != 0};
     if (vm.kvm < 0)
         check_skipped("/dev/kvm: %s", strerror(errno));
@@ -68,9 +49,7 @@ static struct vm make(unsigned long type) {
 
     vm.code = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     CHECK(vm.code != MAP_FAILED);
-    memcpy((char *)vm.code + WRITE_AT, write_code, sizeof(write_code));
-    memcpy((char *)vm.code + READ_AT, read_code, sizeof(read_code));
-    memcpy((char *)vm.code + LOOP_AT, loop_code, sizeof(loop_code));
+    routines_put(vm.code);
     struct kvm_userspace_memory_region region = {
         .slot = CODE_SLOT, .memory_size = PAGE, .userspace_addr = (uintptr_t)vm.code};
     CHECK_EQ(ioctl(vm.fd, KVM_SET_USER_MEMORY_REGION, &region), 0);
@@ -78,18 +57,26 @@ static struct vm make(unsigned long type) {
 }
 
 struct vm vm_make(void) {
-    return make(0);
+    return vm_make_of_type(0);
 }
 
 struct vm vm_make_private(void) {
-    return make(KVM_X86_SW_PROTECTED_VM);
+    return vm_make_of_type(KVM_X86_SW_PROTECTED_VM);
 }
 
 struct vm vm_make_for(enum kind kind) {
     return kind == GMEM_PRIVATE ? vm_make_private() : vm_make();
 }
 
+/* At a case's end nobody uses the VM any more, and the model can say whether it is still sound. */
+static void check_model(const struct vm *vm) {
+    char why[256] = "";
+    if (kvm_is_modelled() && kvmprep_model_check(vm->fd, why, sizeof(why)) < 0)
+        check_failed(__FILE__, __LINE__, "the model is not sound: %s", why);
+}
+
 void vm_end(struct vm *vm) {
+    check_model(vm);
     close(vm->fd);
     close(vm->kvm);
     munmap(vm->code, PAGE);
@@ -123,6 +110,16 @@ void vcpu_end(const struct vm *vm, struct vcpu *vcpu) {
     close(vcpu->fd);
 }
 
+void vcpu_set_smm(const struct vm *vm, const struct vcpu *vcpu, bool is_in_smm) {
+    struct kvm_vcpu_events events;
+    if (ioctl(vm->fd, KVM_CHECK_EXTENSION, KVM_CAP_X86_SMM) <= 0)
+        check_skipped("this kernel has no system management mode");
+    CHECK_EQ(ioctl(vcpu->fd, KVM_GET_VCPU_EVENTS, &events), 0);
+    events.flags = KVM_VCPUEVENT_VALID_SMM;
+    events.smi.smm = is_in_smm;
+    CHECK_EQ(ioctl(vcpu->fd, KVM_SET_VCPU_EVENTS, &events), 0);
+}
+
 static long number_in(const char *path) {
     FILE *file = fopen(path, "r");
     long number = -1;
@@ -143,8 +140,9 @@ bool kind_is_had(const struct vm *vm, enum kind kind, const char **why) {
     switch (kind) {
     case HUGETLB_PRIVATE:
     case HUGETLB_SHARED:
-        *why = "no pool of 2 MiB pages";
-        return number_in("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages") >= 0;
+        *why = "no pool of 2 MiB pages, or one that others use at the same time";
+        return number_in("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages") >= 0 &&
+               machine_may_be_changed();
     case ANON_THP:
         *why = "no transparent huge pages";
         return access("/sys/kernel/mm/transparent_hugepage/enabled", F_OK) == 0;
@@ -163,7 +161,8 @@ bool kind_is_had(const struct vm *vm, enum kind kind, const char **why) {
 static void want_huge_pages(size_t size) {
     const char *pool = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
     long all = number_in(pool),
-         available = number_in("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
+         available = number_in("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages") -
+                     number_in("/sys/kernel/mm/hugepages/hugepages-2048kB/resv_hugepages");
     long need = (long)(size / HUGE_PAGE) - available;
     if (need <= 0)
         return;
@@ -260,8 +259,13 @@ struct memory memory_make(const struct vm *vm, enum kind kind, size_t size) {
         check_failed(__FILE__, __LINE__, "mmap of %s: %s", kind_name(kind), strerror(errno));
     if (kind == ANON_THP)
         CHECK_EQ(madvise(memory.hva, size, MADV_HUGEPAGE), 0);
-    else if (kind == ANON_4K)
-        madvise(memory.hva, size, MADV_NOHUGEPAGE); /* fails only where there are none */
+    if (kind == ANON_4K || kind == GMEM_PRIVATE) {
+        /*
+         * Fails only where there are none. It also keeps the kernel from joining what is untouched to other
+         * memory: then fork() would tell KVM of it.
+         */
+        madvise(memory.hva, size, MADV_NOHUGEPAGE);
+    }
     return memory;
 }
 
@@ -322,17 +326,18 @@ int slot_delete(const struct vm *vm, uint32_t slot) {
     return slot_set(vm, &deletion);
 }
 
-static int set_registers(struct vcpu *vcpu, uint64_t rip, uint64_t gpa, uint64_t pages) {
-    struct kvm_regs regs = {.rip = rip, .rdi = gpa, .rcx = pages, .rax = 0x50524550, .rflags = 2};
-    return ioctl(vcpu->fd, KVM_SET_REGS, &regs) < 0 ? -errno : 0;
-}
-
 int guest_prepare_touch(struct vcpu *vcpu, enum touch touch, uint64_t gpa, uint64_t size) {
-    return set_registers(vcpu, touch == TOUCH_WRITE ? WRITE_AT : READ_AT, gpa, size / PAGE);
+    struct kvm_regs regs = {.rip = touch == TOUCH_WRITE ? ROUTINE_WRITE : ROUTINE_READ,
+                            .rdi = gpa,
+                            .rcx = size / PAGE,
+                            .rax = 0x50524550,
+                            .rflags = 2};
+    return routine_begin(vcpu, &regs);
 }
 
-int guest_prepare_loop(struct vcpu *vcpu) {
-    return set_registers(vcpu, LOOP_AT, 0, 0);
+int guest_prepare_loop(struct vcpu *vcpu, uint64_t gpa) {
+    struct kvm_regs regs = {.rip = ROUTINE_LOOP, .rdi = gpa, .rcx = 1, .rax = 1, .rflags = 2};
+    return routine_begin(vcpu, &regs);
 }
 
 int guest_touch(struct vcpu *vcpu, enum touch touch, uint64_t gpa, uint64_t size) {
@@ -341,7 +346,7 @@ int guest_touch(struct vcpu *vcpu, enum touch touch, uint64_t gpa, uint64_t size
         return result;
     if (ioctl(vcpu->fd, KVM_RUN, 0) < 0)
         return -errno;
-    bool is_done = vcpu->run->exit_reason == KVM_EXIT_IO && vcpu->run->io.port == DONE_PORT;
+    bool is_done = vcpu->run->exit_reason == KVM_EXIT_IO && vcpu->run->io.port == TOUCHED_PORT;
     return is_done ? 0 : -EPROTO;
 }
 
@@ -388,12 +393,26 @@ bool has_pre_fault(const struct vm *vm) {
     return extension(vm, KVM_CAP_PRE_FAULT_MEMORY) > 0;
 }
 
+bool kvm_is_modelled(void) {
+    return kvmprep_model_is_here();
+}
+
+static int release_of(const struct utsname *name) {
+    int major = 0, minor = 0;
+    CHECK_EQ(sscanf(name->release, "%d.%d", &major, &minor), 2);
+    return major * 1000 + minor;
+}
+
 int kernel_release(void) {
     struct utsname name;
-    int major = 0, minor = 0;
     CHECK_EQ(uname(&name), 0);
-    CHECK_EQ(sscanf(name.release, "%d.%d", &major, &minor), 2);
-    return major * 1000 + minor;
+    return release_of(&name);
+}
+
+int host_release(void) {
+    struct utsname name;
+    CHECK_EQ(syscall(SYS_uname, &name), 0);
+    return release_of(&name);
 }
 
 uint64_t now_ns(void) {

@@ -25,7 +25,7 @@ struct vm {
     int kvm;
     int fd;
     size_t run_size;
-    bool is_private; /* KVM_X86_SW_PROTECTED_VM */
+    bool is_private; /* of a type that has private memory */
     void *code;
 };
 
@@ -60,7 +60,9 @@ const char *kind_name(enum kind kind);
 
 /* A VM with its code page; ends the case as skipped where /dev/kvm cannot be had. */
 struct vm vm_make(void);
-/* The same of the type SW_PROTECTED; skipped where the kernel has none. */
+/* The same of a type (KVM_X86_*); skipped where the kernel has none. */
+struct vm vm_make_of_type(unsigned long type);
+/* The same of the type SW_PROTECTED. */
 struct vm vm_make_private(void);
 /* The VM that `kind` needs. */
 struct vm vm_make_for(enum kind kind);
@@ -69,6 +71,8 @@ void vm_end(struct vm *vm);
 /* A vCPU that is ready to run guest_touch(). */
 struct vcpu vcpu_make(const struct vm *vm, unsigned id);
 void vcpu_end(const struct vm *vm, struct vcpu *vcpu);
+/* Has it enter system management mode, or leave it; skipped where KVM has none. */
+void vcpu_set_smm(const struct vm *vm, const struct vcpu *vcpu, bool is_in_smm);
 
 /* Whether this kernel can make such memory; says why not in *why. */
 bool kind_is_had(const struct vm *vm, enum kind kind, const char **why);
@@ -93,8 +97,9 @@ enum touch { TOUCH_READ, TOUCH_WRITE };
 int guest_touch(struct vcpu *vcpu, enum touch touch, uint64_t gpa, uint64_t size);
 /* Starts the same without waiting for its end: sets the registers only. */
 int guest_prepare_touch(struct vcpu *vcpu, enum touch touch, uint64_t gpa, uint64_t size);
-/* Makes the guest run in a loop, or sleep in HLT, when it is next run. */
-int guest_prepare_loop(struct vcpu *vcpu);
+/* Makes the guest write 1 to the word at `gpa`, by which one sees that it is inside, and loop when it is next
+ * run. */
+int guest_prepare_loop(struct vcpu *vcpu, uint64_t gpa);
 
 /* Counters of one vCPU or VM, by KVM's own names (pf_taken, pages_4k, ...), straight from its statistics. */
 uint64_t stat_of(int fd, const char *name);
@@ -104,8 +109,12 @@ uint64_t faults_of_touch(struct vcpu *vcpu, enum touch touch, uint64_t gpa, uint
 /* The plain ioctl; a negative errno on failure. */
 int raw_pre_fault(int vcpu, uint64_t *gpa, uint64_t *size);
 bool has_pre_fault(const struct vm *vm);
-/* The running kernel: major * 1000 + minor. */
+/* Whether this KVM is the software model (kvmprep-model.h), which was preloaded. */
+bool kvm_is_modelled(void);
+/* The kernel whose KVM this is: major * 1000 + minor. */
 int kernel_release(void);
+/* The kernel whose memory management this is: another only where KVM is the software model. */
+int host_release(void);
 uint64_t now_ns(void);
 
 #endif

@@ -5,6 +5,7 @@
 #include "check.h"
 #include "guest.h"
 #include <fcntl.h>
+#include <stdlib.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -21,6 +22,10 @@ uint64_t present_bytes(const void *start, size_t size) {
     }
     close(pagemap);
     return pages * PAGE;
+}
+
+bool machine_may_be_changed(void) {
+    return getenv("KVMPREP_TEST_SHARES_MACHINE") == NULL;
 }
 
 void sleep_us(unsigned us) {

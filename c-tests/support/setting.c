@@ -34,6 +34,12 @@ void setting_end(struct setting *s) {
     vm_end(&s->vm);
 }
 
+uint64_t faults_beyond_code(struct setting *s) {
+    uint64_t faults = faults_of_touch(&s->vcpus[0], TOUCH_WRITE, MEMORY_GPA, s->memory.size);
+    CHECK(faults > 0);
+    return faults - 1;
+}
+
 void check_all_is_done(struct setting *s, const struct kvmprep_populate_result *result) {
     CHECK_EQ(result->bytes, s->memory.size);
     CHECK_EQ(result->remaining, 0);

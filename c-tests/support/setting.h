@@ -28,6 +28,8 @@ struct setting setting_make_with_stage2(enum kind kind, size_t size);
 /* Frees the handle, which must have no jobs any more, and all else. */
 void setting_end(struct setting *s);
 
+/* Faults that the guest takes on writing all its memory on the first vCPU, that of its code page apart. */
+uint64_t faults_beyond_code(struct setting *s);
 /* A population of the setting's whole memory has left nothing to do, and nothing for the guest to fault on.
  */
 void check_all_is_done(struct setting *s, const struct kvmprep_populate_result *result);

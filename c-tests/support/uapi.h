@@ -60,6 +60,21 @@ struct kvm_pre_fault_memory {
 #define KVM_CAP_GUEST_MEMFD_FLAGS 244
 #endif
 
+#ifndef KVM_MEMORY_EXIT_FLAG_PRIVATE
+#define KVM_MEMORY_EXIT_FLAG_PRIVATE (1ull << 3)
+#endif
+/* What kvm_run says of a KVM_EXIT_MEMORY_FAULT: its `memory_fault`, which older headers do not name. */
+struct memory_fault_exit {
+    __u64 flags;
+    __u64 gpa;
+    __u64 size;
+};
+static inline struct memory_fault_exit memory_fault_of(const struct kvm_run *run) {
+    struct memory_fault_exit fault;
+    __builtin_memcpy(&fault, run->padding, sizeof(fault));
+    return fault;
+}
+
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
 #define MADV_POPULATE_WRITE 23
