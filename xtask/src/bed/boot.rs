@@ -45,6 +45,7 @@ pub struct Outcome {
 /// Boots `guest` on `kernel` and hands the program's output to `on_line` as it comes.
 pub fn run(
     qemu: &Qemu,
+    keeper: &Path,
     kernel: &ResolvedKernel,
     guest: &Guest,
     on_line: &mut dyn FnMut(&str),
@@ -53,7 +54,7 @@ pub fn run(
     let dir = tempfile::tempdir()?;
     let token = format!("{:016x}", RandomState::new().build_hasher().finish());
     let initrd = dir.path().join("initrd");
-    initramfs::write(&initrd, guest, &kernel.modules, &qemu.busybox(), &token)?;
+    initramfs::write(&initrd, guest, &kernel.modules, [&qemu.busybox(), keeper], &token)?;
     let mut running = Running::start(command(qemu, kernel, guest, dir.path()), guest.timeout)?;
     let mut stream = Stream::new(&token);
     let end = running.watch(&mut stream, on_line)?;

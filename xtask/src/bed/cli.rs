@@ -58,7 +58,7 @@ struct Run {
     #[arg(long, default_value_t = 2)]
     cpus: u32,
     /// Seconds that booting and running may take.
-    #[arg(long, default_value_t = 120, value_name = "SECONDS")]
+    #[arg(long, default_value_t = 600, value_name = "SECONDS")]
     timeout: u64,
     /// A file to take in, with its libraries if it is a program.
     #[arg(long = "file", value_name = "HOST:INSIDE")]

@@ -1,19 +1,20 @@
-//! `cargo xtask bed diff`: random operations, put to the library and to real kernels, which must agree.
+//! `cargo xtask bed diff`: random operations, put to the library or the model and to real kernels, which must agree.
 //!
-//! A program of `c-tests/` does the operations and judges the answers; here it is run on every kernel with a seed of the
-//! day, and what it reports is kept. A run with a mismatch, or with fewer operations than were asked for, has failed.
+//! A program of `c-tests/`, or for the model `model/diff`, does the operations and judges the answers; here it is run on
+//! every kernel with a seed of the day, and what it reports is kept. A run with a mismatch, or with fewer operations than
+//! were asked for, has failed.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
-use super::{Bed, Guest, Kernel, ResolveError};
-use crate::lanes::case_counts;
-use crate::programs::Programs;
+use super::{Bed, Guest, Kernel, ResolveError, mistakes};
+use crate::lanes::{self, case_counts};
+use crate::programs::{self, Programs};
 use crate::{project, test};
 
 /// The arguments of `cargo xtask bed diff`.
@@ -30,6 +31,9 @@ pub struct Cli {
     /// The seed; from the clock when there is none. The same seed does the same on the same kernel.
     #[arg(long, value_name = "S")]
     seed: Option<u64>,
+    /// Has the model make mistakes, each of which must be found.
+    #[arg(long, conflicts_with_all = ["kernels", "operations"])]
+    mistakes: bool,
 }
 
 /// What can be compared.
@@ -39,6 +43,8 @@ enum What {
     Memslots,
     /// The prediction of page sizes, with what KVM has mapped after a population.
     Prediction,
+    /// The model, with all of KVM's memory side that it is of.
+    Model,
 }
 
 /// What a comparison needs.
@@ -47,6 +53,7 @@ struct Needs {
     figures: &'static str,
     operations: u64,
     memory_mib: u64,
+    cpus: u32,
     /// For the kernel's command line.
     kernel_args: &'static [&'static str],
     /// Has the kernel that is built here make memslots of its own.
@@ -64,6 +71,7 @@ impl What {
                 figures: "diff-memslots.json",
                 operations: 100_000,
                 memory_mib: 1024,
+                cpus: 2,
                 internal_slots: true,
                 kernel_args: &[],
                 time: Duration::from_secs(60),
@@ -75,10 +83,22 @@ impl What {
                 operations: 400,
                 // Room for a page of 1 GiB, which the kernel finds for sure only while it boots.
                 memory_mib: 4096,
+                cpus: 2,
                 kernel_args: &["hugepagesz=1G", "hugepages=1"],
                 internal_slots: false,
                 time: Duration::from_secs(120),
                 time_per_operation: Duration::from_secs(1),
+            },
+            What::Model => Needs {
+                program: programs::DIFF_MODEL,
+                figures: "diff-model.json",
+                operations: 1_000_000,
+                memory_mib: 1024,
+                cpus: programs::DIFF_MODEL_CPUS,
+                kernel_args: &[],
+                internal_slots: false,
+                time: Duration::from_secs(120),
+                time_per_operation: Duration::from_millis(10),
             },
         }
     }
@@ -133,11 +153,18 @@ struct Comparison<'a> {
 
 /// Carries out the command.
 pub fn main(bed: &Bed, cli: &Cli) -> Result<()> {
+    if cli.mistakes {
+        ensure!(matches!(cli.what, What::Model), "only the model makes mistakes");
+        return lanes::conclude("mistakes-lane.json", Instant::now(), &[mistakes::lane(bed, cli.seed)?]);
+    }
     let needs = cli.what.needs();
     let programs = Programs::prepare()?;
     let comparison = Comparison {
         bed,
-        program: programs.build(needs.program)?,
+        program: match cli.what {
+            What::Model => programs::build_diff_model()?,
+            What::Memslots | What::Prediction => programs.build(needs.program)?,
+        },
         programs,
         operations: cli.operations.unwrap_or(needs.operations),
         seed: cli.seed.unwrap_or_else(seed_of_the_day),
@@ -160,7 +187,9 @@ pub fn seed_of_the_day() -> u64 {
 impl Comparison<'_> {
     /// On the kernels named, or on all that there are; answers with the names of those on which it failed as well.
     fn on_all(&self, named: &[String]) -> Result<(Vec<Row>, Vec<String>)> {
-        let all = || test::KERNELS.iter().map(|(name, _)| name.to_string()).chain([NATIVE.to_string()]);
+        // The comparison with the model must have a machine for itself.
+        let native = (self.needs.program != programs::DIFF_MODEL).then(|| NATIVE.to_string());
+        let all = || test::KERNELS.iter().map(|(name, _)| name.to_string()).chain(native.clone());
         let kernels = if named.is_empty() { all().collect() } else { named.to_vec() };
         let (mut rows, mut failed) = (Vec::new(), Vec::new());
         for name in kernels {
@@ -191,6 +220,7 @@ impl Comparison<'_> {
         let mut guest = Guest::new(["/diff"]);
         guest.add(&self.program, "/diff", &[self.programs.library_dir()])?;
         guest.memory_mib = self.needs.memory_mib;
+        guest.cpus = self.needs.cpus;
         guest.kernel_args = self.needs.kernel_args.iter().map(|arg| arg.to_string()).collect();
         guest.timeout = self.time();
         guest.env = self.environment().into();

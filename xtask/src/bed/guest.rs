@@ -34,7 +34,7 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// A guest that runs `argv`, with 1 GiB, two CPUs and two minutes.
+    /// A guest that runs `argv`, with 1 GiB, two CPUs and ten minutes, since a busy machine may need one to boot it.
     pub fn new<S: Into<String>>(argv: impl IntoIterator<Item = S>) -> Self {
         Guest {
             files: Vec::new(),
@@ -42,7 +42,7 @@ impl Guest {
             env: Vec::new(),
             memory_mib: 1024,
             cpus: 2,
-            timeout: Duration::from_secs(120),
+            timeout: Duration::from_secs(600),
             kernel_args: Vec::new(),
         }
     }

@@ -25,6 +25,9 @@ for module in /bed/modules/*.ko; do
     insmod "$module" || fail "cannot load $module"
 done
 
+# So that no program's VM is KVM's first or last.
+[ ! -e /dev/kvm ] || said=$(/bed/keeper 2>&1) || fail "no VM can be kept: $said"
+
 token=$(cat /bed/token)
 # Opened once and kept: the settings are the program's too. Raw, or every newline would grow a carriage return.
 exec 3>/dev/ttyS1 || fail "there is no second serial port"

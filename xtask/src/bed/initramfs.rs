@@ -1,4 +1,4 @@
-//! Packs a guest's file system: busybox, the init script, kernel modules, and the files it was given.
+//! Packs a guest's file system: busybox, the keeper of VMs, the init script, kernel modules, and the files it was given.
 //!
 //! The archive is written afresh for each boot, in the kernel's "newc" format and uncompressed: unpacking
 //! would cost emulated time. Nothing of the host's identity enters it; owners are root and times are zero.
@@ -20,7 +20,13 @@ const DIRECTORIES: [&str; 10] =
     ["bin", "dev", "lib", "lib64", "proc", "root", "sys", "tmp", "bed", "bed/modules"];
 
 /// Writes the archive for `guest` to `to`. The `token` frames the program's output.
-pub fn write(to: &Path, guest: &Guest, modules: &[Module], busybox: &Path, token: &str) -> Result<()> {
+pub fn write(
+    to: &Path,
+    guest: &Guest,
+    modules: &[Module],
+    [busybox, keeper]: [&Path; 2],
+    token: &str,
+) -> Result<()> {
     let file = io::BufWriter::new(File::create(to)?);
     let mut archive = Archive { out: file, inode: 0, directories: BTreeSet::new() };
     for directory in DIRECTORIES {
@@ -29,6 +35,7 @@ pub fn write(to: &Path, guest: &Guest, modules: &[Module], busybox: &Path, token
     // The kernel opens it before devtmpfs is mounted.
     archive.console()?;
     archive.file("bin/busybox", 0o755, &mut File::open(busybox)?)?;
+    archive.file("bed/keeper", 0o755, &mut File::open(keeper)?)?;
     archive.bytes("init", 0o755, INIT.as_bytes())?;
     archive.bytes("bed/token", 0o644, token.as_bytes())?;
     archive.bytes("bed/program", 0o644, script(guest).as_bytes())?;
@@ -143,7 +150,7 @@ mod tests {
         std::fs::write(&host, "content").unwrap();
         let mut guest = Guest::new(["/a/b/c"]);
         guest.add(&host, "/a/b/c", &[]).unwrap();
-        write(&archive, &guest, &[], &host, "token").unwrap();
+        write(&archive, &guest, &[], [&host, &host], "token").unwrap();
 
         let mut names = Vec::new();
         let mut rest = File::open(&archive).unwrap();

@@ -20,9 +20,11 @@ mod diff;
 mod guest;
 mod headers;
 mod initramfs;
+mod keeper;
 mod kernel;
 mod kernel_log;
 mod mirror;
+mod mistakes;
 mod modules;
 mod private;
 mod process;
@@ -33,7 +35,7 @@ mod stream;
 mod vmm;
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use anyhow::Result;
@@ -44,6 +46,7 @@ pub use diff::seed_of_the_day;
 pub use guest::Guest;
 pub use headers::KernelHeaders;
 pub use kernel::{Kernel, ResolvedKernel};
+pub use mistakes::lane as mistakes_lane;
 pub use rust::Rust;
 pub use vmm::lane as qemu_lane;
 
@@ -56,6 +59,7 @@ use qemu::Qemu;
 pub struct Bed {
     cache: Cache,
     qemu: OnceLock<Qemu>,
+    keeper: OnceLock<PathBuf>,
     updated: apt::Updated,
 }
 
@@ -103,7 +107,12 @@ impl From<anyhow::Error> for ResolveError {
 impl Bed {
     /// The bed of the user who runs this. Fetches nothing yet.
     pub fn open() -> Result<Self> {
-        Ok(Bed { cache: Cache::open()?, qemu: OnceLock::new(), updated: OnceLock::new() })
+        Ok(Bed {
+            cache: Cache::open()?,
+            qemu: OnceLock::new(),
+            keeper: OnceLock::new(),
+            updated: OnceLock::new(),
+        })
     }
 
     /// Makes `kernel`, and the QEMU to boot it with, ready: from the cache, or else fetched or built.
@@ -130,6 +139,13 @@ impl Bed {
         self.qemu.get().ok_or_else(|| anyhow::anyhow!("there is no QEMU"))
     }
 
+    fn keeper(&self) -> Result<&Path> {
+        if self.keeper.get().is_none() {
+            let _ = self.keeper.set(keeper::obtain(&self.cache)?);
+        }
+        self.keeper.get().map(PathBuf::as_path).ok_or_else(|| anyhow::anyhow!("there is no keeper of VMs"))
+    }
+
     fn apt(&self) -> Result<Apt<'_>> {
         Apt::new(&self.cache, Mirror::configured(Path::new("/etc"))?, &self.updated)
     }
@@ -144,7 +160,7 @@ pub fn run(
     guest: &Guest,
     on_line: &mut dyn FnMut(&str),
 ) -> Result<Outcome> {
-    boot::run(bed.qemu()?, kernel, guest, on_line)
+    boot::run(bed.qemu()?, bed.keeper()?, kernel, guest, on_line)
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 //! A bar whose figures were not asked for is not judged, and never counts as met.
 
 use super::case::{Case, Machine, Memory, Phase, Way, name};
-use super::observed::{Figures, Slots};
+use super::observed::{Conversion, Figures, Slots};
 use super::run::Done;
 
 /// How far two runs of the same thing may lie apart, in hundredths and in faults: timers and interrupts fall as they
@@ -14,6 +14,15 @@ const NOISE_FAULTS: u64 = 16;
 /// How QEMU begins what it has to say of a slot: as an error, or as a warning.
 const ERROR: &str = "kvmprep: ";
 const WARNING: &str = "warning: kvmprep: ";
+
+/// What a guest that converts memory does, all of it.
+const STEPS: [&str; 7] = ["random", "break", "walk", "show", "span", "across", "beyond"];
+
+/// What it writes to a page that is shared, and that the host finds in one that is private.
+const SHOWN: [u32; 2] = [0x5a5a_5a5a, 0];
+
+/// Frames of 2 MiB that it breaks up by the conversion of a page, in each of three kinds.
+const BROKEN: u64 = 8;
 
 /// Pages that a restored guest walks: 32 files of 2 MiB, at the least.
 const WALKED: u64 = 32 * 512;
@@ -32,8 +41,9 @@ pub fn judge(done: &[Done]) -> Vec<Bar> {
         match result {
             Err(error) => bars.push(Bar { what: format!("{case}: {error:#}"), met: false }),
             Ok(figures) => {
-                let plain = figures_of(done, case.in_way(Way::Plain));
-                bars.extend(judge_one(*case, figures, plain));
+                // What has no private memory cannot convert any.
+                let plain = if case.phase == Phase::Convert { Way::Off } else { Way::Plain };
+                bars.extend(judge_one(*case, figures, figures_of(done, case.in_way(plain))));
             }
         }
     }
@@ -44,8 +54,59 @@ fn figures_of(done: &[Done], case: Case) -> Option<&Figures> {
     done.iter().find(|done| done.case == case)?.result.as_ref().ok()
 }
 
+/// A guest that converts its memory; `own` is the same, its memory converted by QEMU's own code.
+fn converting(case: Case, figures: &Figures, own: Option<&Figures>) -> Vec<Bar> {
+    let Some(conversion) = &figures.conversion else {
+        return vec![bar(case, "nothing is known of its conversions", false)];
+    };
+    let host = bar(case, &format!("the host sees {:x?}", conversion.seen), conversion.seen == SHOWN);
+    if case.way == Way::Off {
+        return vec![walk_after_conversion_is_seen(case, conversion), host];
+    }
+    let mut bars = vec![every_step_is_done(case, conversion), host, qemu_is_content(case, figures)];
+    bars.extend(["across", "walk", "span"].map(|step| no_fault_in(case, conversion, step)));
+    let own = own.and_then(|own| own.conversion.as_ref());
+    bars.extend(own.map(|own| same_content(case, conversion, own)));
+    bars
+}
+
+fn every_step_is_done(case: Case, conversion: &Conversion) -> Bar {
+    let done: Vec<&str> = conversion.steps.iter().map(|step| step.name.as_str()).collect();
+    let stopped = conversion.stopped_at.as_ref().map_or(String::new(), |at| format!(", stopped at {at}"));
+    let is_all = STEPS.iter().all(|step| done.contains(step)) && conversion.stopped_at.is_none();
+    bar(case, &format!("did {}{stopped}", done.join(" ")), is_all)
+}
+
+fn no_fault_in(case: Case, conversion: &Conversion, step: &str) -> Bar {
+    let faults = conversion.faults(step);
+    let count = faults.map_or("unknown".to_string(), |count| count.to_string());
+    bar(
+        case,
+        &format!("{step}: {count} faults on memory that was converted, or beside it"),
+        faults == Some(0),
+    )
+}
+
+/// The control: who maps nothing leaves a fault on each page that was converted, and with huge pages on all beside it.
+fn walk_after_conversion_is_seen(case: Case, conversion: &Conversion) -> Bar {
+    let expected = match case.memory {
+        Memory::Small => 3 * BROKEN,
+        Memory::Huge => (512 + 1 + 256) * BROKEN,
+    };
+    let seen = conversion.faults("walk").unwrap_or(0);
+    bar(case, &format!("walk: {seen} faults, {expected} or more"), seen >= expected)
+}
+
+/// The same conversions leave the same content, whoever makes them.
+fn same_content(case: Case, conversion: &Conversion, own: &Conversion) -> Bar {
+    let sum = |of: &Conversion| of.steps.iter().find(|step| step.name == "random").map(|step| step.sum);
+    let (ours, theirs) = (sum(conversion), sum(own));
+    bar(case, &format!("content {ours:x?}, by QEMU's own code {theirs:x?}"), ours.is_some() && ours == theirs)
+}
+
 fn judge_one(case: Case, figures: &Figures, plain: Option<&Figures>) -> Vec<Bar> {
     match (case.way, case.phase) {
+        (_, Phase::Convert) => converting(case, figures, plain),
         (Way::Kvmprep, Phase::Boot) => prepared(case, figures, plain),
         (Way::Strict, _) => {
             let mut bars = prepared(case, figures, plain);
@@ -68,7 +129,10 @@ fn judge_one(case: Case, figures: &Figures, plain: Option<&Figures>) -> Vec<Bar>
             ]
         }
         (Way::Kvmprep, Phase::Restore) => vec![no_fault_on_restored(case, figures)],
-        (Way::Off, _) => plain.map(|plain| same_as_plain(case, figures, plain)).into_iter().collect(),
+        // Where there is no private memory, converting it is nothing.
+        (Way::Off | Way::Convert, _) => {
+            plain.map(|plain| same_as_plain(case, figures, plain)).into_iter().collect()
+        }
         (Way::Plain, Phase::Restore) => vec![walk_is_seen(case, figures)],
         (Way::Plain | Way::Prealloc, _) => Vec::new(),
     }
@@ -186,6 +250,7 @@ fn bar(case: Case, what: &str, met: bool) -> Bar {
 
 #[cfg(test)]
 mod tests {
+    use super::super::observed::Step;
     use super::*;
 
     fn done(machine: Machine, memory: Memory, way: Way, phase: Phase, figures: Figures) -> Done {
@@ -290,6 +355,49 @@ mod tests {
         );
         assert_eq!(verdicts(&[restore(Way::Kvmprep, Some(1)), restore(Way::Plain, Some(5))]), [false, false]);
         assert_eq!(verdicts(&[restore(Way::Kvmprep, None)]), [false]);
+    }
+
+    fn converts(way: Way, memory: Memory, conversion: Conversion) -> Done {
+        let figures = Figures { conversion: Some(conversion), ..Figures::default() };
+        done(Machine::Microvm, memory, way, Phase::Convert, figures)
+    }
+
+    fn all_steps() -> Conversion {
+        let step = |name: &str| Step { name: name.into(), sum: 7, faults: 0, exits: 9 };
+        Conversion { steps: STEPS.map(step).to_vec(), stopped_at: None, seen: SHOWN.to_vec() }
+    }
+
+    #[test]
+    fn memory_is_converted_without_a_fault_afterwards() {
+        let verdicts_of = |change: &dyn Fn(&mut Conversion)| {
+            let mut conversion = all_steps();
+            change(&mut conversion);
+            verdicts(&[converts(Way::Convert, Memory::Huge, conversion)])
+        };
+        assert_eq!(verdicts_of(&|_| {}), [true; 6]);
+        let steps_missed = [false, true, true, true, true, true];
+        assert_eq!(verdicts_of(&|made| made.stopped_at = Some("beyond".into())), steps_missed);
+        assert_eq!(verdicts_of(&|made| drop(made.steps.pop())), steps_missed);
+        assert_eq!(verdicts_of(&|made| made.seen[1] = 1), [true, false, true, true, true, true]);
+        assert_eq!(verdicts_of(&|made| made.seen.clear()), [true, false, true, true, true, true]);
+        assert_eq!(verdicts_of(&|made| made.steps[2].faults = 1), [true, true, true, true, false, true]);
+        assert_eq!(verdicts_of(&|made| drop(made.steps.remove(4))), [false, true, true, true, true, false]);
+        let unknown = done(Machine::Microvm, Memory::Huge, Way::Convert, Phase::Convert, faults(3));
+        assert_eq!(verdicts(&[unknown]), [false]);
+    }
+
+    #[test]
+    fn the_library_s_conversions_leave_what_qemu_s_own_leave_and_the_control_faults() {
+        let verdicts_of = |own_faults, own_sum| {
+            let mut own = all_steps();
+            own.stopped_at = Some("span".into());
+            (own.steps[2].faults, own.steps[0].sum) = (own_faults, own_sum);
+            let ours = converts(Way::Convert, Memory::Small, all_steps());
+            verdicts(&[ours, converts(Way::Off, Memory::Small, own)]).split_off(6)
+        };
+        assert_eq!(verdicts_of(3 * BROKEN, 7), [true, true, true]);
+        assert_eq!(verdicts_of(3 * BROKEN, 8), [false, true, true]);
+        assert_eq!(verdicts_of(3 * BROKEN - 1, 7), [true, false, true]);
     }
 
     #[test]

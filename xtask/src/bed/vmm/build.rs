@@ -1,6 +1,7 @@
-//! Builds the QEMU that the library is tried in: as Debian has it, and with the patches of `contrib/qemu`.
+//! Builds the QEMU that the library is tried in: as Debian has it, with the patches of `contrib/qemu`, and with one patch
+//! more that is for tests alone.
 //!
-//! Both come from one source tree and are built with the same options, so that what differs between them is the
+//! All come from one source tree and are built with the same options, so that what differs between them is the
 //! patches. The trees stay in the cache, so that an edit of the patches compiles what it touches and no more. They must
 //! never be taken for each other: the plain one is built before any patch is applied.
 
@@ -54,23 +55,28 @@ const OPTIONS: [&str; 13] = [
 /// What the patched one is configured with besides.
 const PATCHED_OPTION: &str = "--enable-kvmprep";
 
+/// Gives QEMU a guest with private memory that needs no special hardware. It must never get into the series.
+const SW_PROTECTED: &str = include_str!("sw-protected.patch");
+
 const PROGRAM: &str = "qemu-system-x86_64";
 /// Changes whenever an entry is laid out differently.
 const LAYOUT: &str = "a QEMU of our own, layout 1";
 
-/// Both, ready to be run.
+/// All, ready to be run.
 pub struct Built {
     /// As Debian has it.
     pub plain: PathBuf,
     /// With the patches.
     pub patched: PathBuf,
-    /// Where the library is that the patched one is linked against.
+    /// With the patches, and a guest that has private memory.
+    pub private: PathBuf,
+    /// Where the library is that the patched ones are linked against.
     pub libraries: PathBuf,
     /// The version of the source package.
     pub version: String,
 }
 
-/// Takes both from the cache, or builds what it does not have.
+/// Takes them from the cache, or builds what it does not have.
 pub fn obtain(cache: &Cache, source: &Source) -> Result<Built> {
     let patches = series::read(&project::root().join("contrib/qemu"))?;
     let header = fs::read_to_string(project::root().join("include/kvmprep.h"))?;
@@ -88,9 +94,17 @@ pub fn obtain(cache: &Cache, source: &Source) -> Result<Built> {
         let _step = progress::step(&format!("building QEMU {} with our patches", source.version));
         Workshop::open(cache, source)?.build(&patches, &[PATCHED_OPTION], &prefix, into)
     })?;
+    let recipe = format!("{recipe}{SW_PROTECTED}");
+    let private = cache.get_or_make("vmm-private", &recipe, |into| {
+        let _step =
+            progress::step(&format!("building QEMU {} with our patches and private memory", source.version));
+        let patches = patches + SW_PROTECTED;
+        Workshop::open(cache, source)?.build(&patches, &[PATCHED_OPTION], &prefix, into)
+    })?;
     Ok(Built {
         plain: plain.join(PROGRAM),
         patched: patched.join(PROGRAM),
+        private: private.join(PROGRAM),
         libraries: prefix.join(libraries),
         version: source.version.clone(),
     })

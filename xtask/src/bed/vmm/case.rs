@@ -1,4 +1,5 @@
-//! The cases: which machine, with which pages, in which way, booted or restored, and the options that make it so.
+//! The cases: which machine, with which pages, in which way, booted, restored or converting its memory, and the options
+//! that make it so.
 //!
 //! The one place that knows how the patched QEMU is told to use the library.
 
@@ -7,6 +8,8 @@ use std::fmt;
 use clap::ValueEnum;
 use serde::Serialize;
 
+use super::converter;
+
 /// How much memory every guest has; drive.sh knows it too.
 pub const MEMORY_MIB: u64 = 256;
 
@@ -14,6 +17,16 @@ pub const MEMORY_MIB: u64 = 256;
 /// deletes and recreates memslots.
 const PREPARED: &str = "kvm,prep=on";
 const PREPARED_AND_KEPT: &str = "kvm,prep=on,prep-keep-mappings=on";
+
+/// The option that has memory converted through the library.
+const CONVERTING: &str = "kvm,prep-convert=on";
+
+/// What makes a microvm with private memory of two blocks, whose firmware is the guest of converter.rs. A VM with private
+/// memory has no SMM in KVM.
+const PRIVATE_MEMORY: &str = ",smm=off,confidential-guest-support=protected";
+const PRIVATE_MEMORY_PARTS: &str = " -object sw-protected-guest,id=protected \
+     -object memory-backend-ram,id=low,size=128M -object memory-backend-ram,id=high,size=128M \
+     -numa node,memdev=low -numa node,memdev=high -bios";
 
 /// The option that has memslots checked, and what makes QEMU tell of each.
 const WARN: &str = "prep-check=warn";
@@ -26,6 +39,7 @@ const MISFIT: &str = ",max-ram-below-4g=129M";
 /// The one program or the other, by its path in the outer guest.
 pub const PLAIN: &str = "/plain";
 pub const PATCHED: &str = "/patched";
+pub const PRIVATE: &str = "/private";
 
 /// A machine of QEMU's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
@@ -67,6 +81,8 @@ pub enum Way {
     MisfitWarned,
     /// The same, and QEMU is to end.
     MisfitRefused,
+    /// The library is to convert private memory, where the guest has any.
+    Convert,
 }
 
 /// How the guest comes to run.
@@ -77,6 +93,8 @@ pub enum Phase {
     Boot,
     /// From a file that another QEMU left: the target of a migration.
     Restore,
+    /// From firmware that converts memory between private and shared.
+    Convert,
 }
 
 /// One guest to be run.
@@ -104,10 +122,14 @@ impl Case {
     }
 
     /// Memslots are checked alike when a guest is restored; and only with a split at 4 GiB, and where there are huge
-    /// pages at all, can memory be laid out so that they do not fit.
+    /// pages at all, can memory be laid out so that they do not fit. Private memory is had on the smallest machine alone,
+    /// where the library converts it, or QEMU's own code.
     fn exists(&self) -> bool {
+        if self.phase == Phase::Convert {
+            return self.machine == Machine::Microvm && matches!(self.way, Way::Off | Way::Convert);
+        }
         match self.way {
-            Way::Strict => self.phase == Phase::Boot,
+            Way::Strict | Way::Convert => self.phase == Phase::Boot,
             Way::MisfitWarned | Way::MisfitRefused => {
                 let has_split = matches!(self.machine, Machine::Pc | Machine::Q35);
                 has_split && (self.phase, self.memory) == (Phase::Boot, Memory::Huge)
@@ -136,6 +158,11 @@ impl Case {
             ),
             Way::Strict => ("", TRACED.to_string()),
             Way::MisfitWarned | Way::MisfitRefused => (MISFIT, TRACED.to_string()),
+            Way::Convert => ("", String::new()),
+        };
+        let (property, more) = match self.phase {
+            Phase::Convert => (PRIVATE_MEMORY, format!("{PRIVATE_MEMORY_PARTS} {}", converter::INSIDE)),
+            Phase::Boot | Phase::Restore => (property, more),
         };
         let phase = if self.way == Way::MisfitRefused { "refuse".to_string() } else { name(&self.phase) };
         let accelerator = self.accelerator();
@@ -144,8 +171,9 @@ impl Case {
 
     fn program(&self) -> &'static str {
         match self.way {
+            _ if self.phase == Phase::Convert => PRIVATE,
             Way::Plain | Way::Prealloc => PLAIN,
-            Way::Off | Way::Kvmprep | Way::Strict | Way::MisfitWarned | Way::MisfitRefused => PATCHED,
+            _ => PATCHED,
         }
     }
 
@@ -162,6 +190,7 @@ impl Case {
             // Checking is of use alone.
             Way::MisfitWarned => format!("kvm,{WARN}"),
             Way::MisfitRefused => format!("kvm,{STRICT}"),
+            Way::Convert => CONVERTING.to_string(),
         }
     }
 }
@@ -188,14 +217,14 @@ mod tests {
         let count = names.len();
         names.sort();
         names.dedup();
-        assert_eq!((names.len(), count), (58, 58));
+        assert_eq!((names.len(), count), (68, 68));
     }
 
     #[test]
     fn only_the_patched_program_is_told_of_the_library() {
         for case in Case::all() {
             let line = case.line();
-            assert_eq!(line.contains("prep"), line.contains(PATCHED), "{line}");
+            assert_eq!(line.contains("prep"), !line.contains(PLAIN), "{line}");
             let is_prepared = matches!(case.way, Way::Kvmprep | Way::Strict);
             assert_eq!(line.contains("prep=on"), is_prepared, "{line}");
         }

@@ -9,7 +9,9 @@ MEMORY_MIB=256
 # In seconds.
 PATIENCE=180
 
+# The kernel with private memory has no tracing, only counters.
 setup() {
+    grep -q tracefs /proc/filesystems || return
     mount -t tracefs tracefs $TRACING || exit 1
     echo 32768 >$TRACING/buffer_size_kb
     echo 1 >$TRACING/events/kvm/kvm_page_fault/enable || exit 1
@@ -18,6 +20,8 @@ setup() {
     echo 'cmd == 0x4020ae46 || cmd == 0x40a0ae49' >$TRACING/events/syscalls/sys_enter_ioctl/filter || exit 1
     echo 1 >$TRACING/events/syscalls/sys_enter_ioctl/enable || exit 1
 }
+
+is_traced() { [ -e $TRACING/trace ]; }
 
 # What each thread of QEMU's is doing in the kernel.
 print_stacks() {
@@ -41,11 +45,11 @@ start_qemu() {
     exec 4<>/tmp/console 5<>/tmp/monitor.in 6<>/tmp/monitor.out
     cat <&6 >/tmp/said &
     listener=$!
-    echo >$TRACING/trace
+    is_traced && echo >$TRACING/trace
+    [ $phase = convert ] || set -- "$@" -kernel /vmlinuz -initrd /inner.cpio -append "console=ttyS0 panic=-1 quiet"
     $program -machine $machine "$@" -cpu host -smp 2 -m ${MEMORY_MIB}M -nodefaults -no-user-config -display none -no-reboot \
-        -L /firmware -kernel /vmlinuz -initrd /inner.cpio -append "console=ttyS0 panic=-1 quiet" -serial stdio \
-        -chardev pipe,id=monitor,path=/tmp/monitor -mon chardev=monitor,mode=readline \
-        <&4 >/tmp/serial 2>/tmp/errors 4>&- 5>&- 6>&- &
+        -L /firmware -serial stdio -chardev pipe,id=monitor,path=/tmp/monitor \
+        -mon chardev=monitor,mode=readline <&4 >/tmp/serial 2>/tmp/errors 4>&- 5>&- 6>&- &
     qemu=$!
 }
 
@@ -75,6 +79,8 @@ until_true() {
 
 printed() { grep -q "^inner: $1" /tmp/serial; }
 
+is_broken() { ask "info status" "VM status: paused (internal-error)"; }
+
 is_paused() { ask "info status" "VM status: paused.\?$"; }
 
 # Says COMMAND to the monitor until it answers PATTERN.
@@ -85,10 +91,12 @@ ask() {
     grep -q "$2" /tmp/said
 }
 
-# What KVM counted for the one VM there is.
+# What KVM counted for the VM of QEMU's.
+counter() { cat /sys/kernel/debug/kvm/$qemu-*/$1; }
+
 print_counters() {
     for counter in pf_taken exits mmio_exits pages_4k pages_2m; do
-        echo "counter $counter $(cat /sys/kernel/debug/kvm/*-*/$counter)"
+        echo "counter $counter $(counter $counter)"
     done
 }
 
@@ -96,6 +104,7 @@ print_counters() {
 # mark of MMIO that is known already: KVM does not count it as a fault, and no more do we, unless KVM finds that a slot
 # change has made the mark stale, and marks it anew.
 print_events() {
+    is_traced || { echo untraced; return; }
     awk '
         /kvm_page_fault:/ {
             known[$1] = ""
@@ -179,13 +188,47 @@ restore() {
     until_true printed walked || fail "did not find its memory as it left it"
 }
 
+# What the host finds in a page of the guest's.
+print_seen() {
+    until_true ask "xp /1wx 0x$1" "$1: 0x" || return 1
+    echo "seen $1 $(sed -n "s/\r//; s/.*$1: 0x//p" /tmp/said)"
+}
+
+# The guest converts memory in steps, and what each cost is counted, until all are done or QEMU stops the VM.
+convert() {
+    start_qemu "$@"
+    until_true printed booted || { fail "did not boot"; return 1; }
+    for step in random break walk show span across beyond; do
+        faults=$(counter pf_taken) exits=$(counter exits)
+        echo $step >&4
+        until_true is_answered || { fail "gave no answer to $step"; return 1; }
+        printed wrong && { fail "found its memory not as it must be"; return 1; }
+        printed $step || { echo "stopped $step"; break; }
+        answer=$(sed -n "s/\r//; s/^inner: $step //p" /tmp/serial)
+        echo "step $step $answer $(($(counter pf_taken) - faults)) $(($(counter exits) - exits))"
+        # The first page that was shown is shared.
+        [ $step != show ] || { print_seen 1000000 && print_seen 1001000; } || { fail "does not show memory"; return 1; }
+    done
+    print_counters
+    print_words
+    print_events
+    quit_qemu || { fail "did not end"; return 1; }
+    echo "done $name"
+}
+
+# The line is to be there as a whole.
+is_answered() { printed "$step ........" || printed wrong || is_broken; }
+
 run_case() {
     echo "case $name"
     echo $huge_pages >/sys/kernel/mm/transparent_hugepage/enabled
-    # Huge pages are there for each case alike.
+    # Huge pages are there for each case alike, and none is put together again while it is being looked at.
+    echo 0 >/sys/kernel/mm/transparent_hugepage/khugepaged/max_ptes_none
     echo 3 >/proc/sys/vm/drop_caches
     echo 1 >/proc/sys/vm/compact_memory
-    [ $phase = refuse ] && { refuse "$@"; return; }
+    case $phase in
+    refuse | convert) $phase "$@"; return ;;
+    esac
     $phase "$@" || return
     echo stop >/tmp/monitor.in
     until_true is_paused || { fail "did not stop"; return 1; }

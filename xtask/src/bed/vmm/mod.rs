@@ -8,6 +8,7 @@ mod bars;
 mod build;
 mod case;
 mod checks;
+mod converter;
 mod observed;
 mod run;
 mod series;
@@ -25,7 +26,7 @@ use self::observed::Figures;
 use self::run::{Done, Kernels};
 use self::source::Source;
 use super::{Bed, ResolveError};
-use crate::lanes::Lane;
+use crate::lanes::{Kvm, Lane};
 use crate::project;
 
 /// The arguments of `cargo xtask bed qemu`; each narrows what is run.
@@ -40,7 +41,7 @@ pub struct Cli {
     /// Only in these ways.
     #[arg(long = "way", value_name = "WAY")]
     ways: Vec<Way>,
-    /// Only booted, or only restored.
+    /// Only booted, only restored, or only converting its memory.
     #[arg(long = "phase", value_name = "PHASE")]
     phases: Vec<Phase>,
 }
@@ -86,6 +87,7 @@ pub fn main(bed: &Bed, cli: &Cli) -> Result<()> {
     println!("Stage-2 faults and exits of a guest of {} MiB until it runs its init, or,", case::MEMORY_MIB);
     println!("restored, until it has walked over {} MiB of what it had in memory.\n", 64);
     print_table(&done);
+    print_conversions(&done);
     let path = write_figures(&done, &kernels, &built)?;
     println!("\nFigures: {}\n", path.display());
     let bars = bars::judge(&done);
@@ -138,9 +140,25 @@ fn print_table(done: &[Done]) {
     }
 }
 
+/// What the guests that convert their memory did, step by step.
+fn print_conversions(done: &[Done]) {
+    let of = |done: &'_ Done| Some((done.case, done.result.as_ref().ok()?.conversion.clone()?));
+    for (Case { memory, way, .. }, conversion) in done.iter().filter_map(of) {
+        println!("\nconverting {} pages, {}: faults and exits of each step", name(&memory), name(&way));
+        for observed::Step { name, faults, exits, .. } in &conversion.steps {
+            println!("    {name:8} {faults:>7} {exits:>7}");
+        }
+        if let Some(step) = &conversion.stopped_at {
+            println!("    {step:8} QEMU stops the VM");
+        }
+    }
+}
+
 /// The lane's share of the cases: each promise once.
 fn cases_of_lane() -> Vec<Case> {
     let case = |machine, phase, way| Case { machine, memory: Memory::Small, way, phase };
+    let converting_huge =
+        |way| Case { machine: Machine::Microvm, memory: Memory::Huge, way, phase: Phase::Convert };
     let huge = |machine, way| Case { machine, memory: Memory::Huge, way, phase: Phase::Boot };
     vec![
         case(Machine::Microvm, Phase::Boot, Way::Plain),
@@ -153,8 +171,13 @@ fn cases_of_lane() -> Vec<Case> {
         huge(Machine::Pc, Way::MisfitWarned),
         huge(Machine::Pc, Way::MisfitRefused),
         huge(Machine::Q35, Way::Strict),
+        case(Machine::Pc, Phase::Boot, Way::Convert),
         case(Machine::Microvm, Phase::Restore, Way::Plain),
         case(Machine::Microvm, Phase::Restore, Way::Kvmprep),
+        case(Machine::Microvm, Phase::Convert, Way::Off),
+        case(Machine::Microvm, Phase::Convert, Way::Convert),
+        converting_huge(Way::Off),
+        converting_huge(Way::Convert),
     ]
 }
 
@@ -165,12 +188,12 @@ pub fn lane(bed: &Bed) -> Result<Lane> {
         Ok(prepared) => prepared,
         Err(ResolveError::Unavailable(why)) => return Ok(Lane::skipped(NAME, &why)),
         Err(ResolveError::Failed(error)) => {
-            let mut lane = Lane::new(NAME, "");
+            let mut lane = Lane::new(NAME);
             lane.check("building QEMU, plain and patched", Err(error));
             return Ok(lane);
         }
     };
-    let mut lane = Lane::new(NAME, kernels.outer_version());
+    let mut lane = Lane::of_kernel(NAME, kernels.outer_version(), Kvm::Emulated);
     match run::run(bed, &kernels, &built, &cases_of_lane()) {
         Ok(done) => {
             for Bar { what, met } in bars::judge(&done) {

@@ -1,8 +1,9 @@
 //! What was seen of one guest: KVM's counters, its faults one by one, the changes of memslots between them, QEMU's own
-//! words and checks, and on a migration target what memory QEMU had before the guest ran.
+//! words and checks, on a migration target what memory QEMU had before the guest ran, and of a guest that converts memory
+//! what each step cost.
 //!
 //! Reads the lines that drive.sh prints, and tells faults on RAM from the first touches of MMIO. It must never let a
-//! trace that lost events, or that disagrees with KVM's own counter, pass for evidence.
+//! trace that lost events, that disagrees with KVM's own counter, or that nobody made, pass for evidence.
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
@@ -40,6 +41,9 @@ pub struct Observed {
     checks: Checks,
     /// The status with which QEMU ended of itself.
     ended: Option<i32>,
+    /// There was no trace.
+    untraced: bool,
+    conversion: Option<Conversion>,
     /// Runs of pages from guest address 0; empty where the guest was not restored.
     pages: Vec<(Page, u64)>,
 }
@@ -71,6 +75,37 @@ pub struct Figures {
     /// The status with which QEMU ended, where it was not told to.
     pub ended: Option<i32>,
     pub slots: Slots,
+    /// Of a guest that converts its memory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub conversion: Option<Conversion>,
+}
+
+/// What a guest did that converts its memory.
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize)]
+pub struct Conversion {
+    /// What it has answered to, as it must be.
+    pub steps: Vec<Step>,
+    /// What QEMU has stopped the VM at.
+    pub stopped_at: Option<String>,
+    /// What the host finds in a page that is shared, and in one that is private.
+    pub seen: Vec<u32>,
+}
+
+/// One step of such a guest's.
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize)]
+pub struct Step {
+    pub name: String,
+    /// What stands for the content of all memory that it has converted.
+    pub sum: u32,
+    pub faults: u64,
+    pub exits: u64,
+}
+
+impl Conversion {
+    /// The faults of a step that was done.
+    pub fn faults(&self, name: &str) -> Option<u64> {
+        self.steps.iter().find(|step| step.name == name).map(|step| step.faults)
+    }
 }
 
 /// The changes of memslots, and what QEMU's checks said of them where it made any.
@@ -126,6 +161,20 @@ impl Observed {
             ["slot"] => self.slot_changes += 1,
             ["ended", status] => self.ended = Some(status.parse().ok()?),
             ["lost", count] => self.lost = count.parse().ok()?,
+            ["untraced"] => self.untraced = true,
+            ["step", name, sum, faults, exits] => {
+                let sum = u32::from_str_radix(sum, 16).ok()?;
+                let (faults, exits) = (faults.parse().ok()?, exits.parse().ok()?);
+                let step = Step { name: name.into(), sum, faults, exits };
+                self.conversion.get_or_insert_default().steps.push(step);
+            }
+            ["stopped", name] => {
+                self.conversion.get_or_insert_default().stopped_at = Some(name.into());
+            }
+            ["seen", _, word] => {
+                let word = u32::from_str_radix(word, 16).ok()?;
+                self.conversion.get_or_insert_default().seen.push(word);
+            }
             ["pages", kind, count] => {
                 let kind = match kind {
                     "none" => Page::Absent,
@@ -157,6 +206,17 @@ impl Observed {
             });
         }
         let faults = self.counter("pf_taken")?;
+        if let Some(conversion) = &self.conversion {
+            let (exits, said) = (self.counter("exits")?, self.said.clone());
+            return Ok(Figures {
+                faults,
+                exits,
+                said,
+                conversion: Some(conversion.clone()),
+                ..Figures::default()
+            });
+        }
+        ensure!(!self.untraced, "the kernel has no tracing");
         ensure!(traced == faults, "KVM counted {faults} faults, but {traced} were traced");
         let real: Vec<&Fault> = self.faults.iter().filter(|fault| !fault.mmio).collect();
         let late: Vec<&&Fault> =
@@ -174,6 +234,7 @@ impl Observed {
             said: self.said.clone(),
             ended: None,
             slots: self.slots(self.counter("pages_4k")?, self.counter("pages_2m")?),
+            conversion: None,
         })
     }
 
@@ -244,6 +305,21 @@ mod tests {
         let figures = figures.figures().unwrap();
         assert_eq!(figures.on_restored, Some(4));
         assert_eq!(figures.examples, [0x1000, 0xc0000, 0xffff_f000, 0x1f_f000]);
+    }
+
+    #[test]
+    fn a_guest_that_converts_memory_has_steps_and_no_trace() {
+        let lines = "step random c0d22786 3 564\nseen 1000000 5a5a5a5a\nstopped span\n\
+                     counter pf_taken 9\ncounter exits 700\nuntraced";
+        let figures = observed(lines).figures().unwrap();
+        let conversion = figures.conversion.unwrap();
+        assert_eq!(
+            (figures.faults, conversion.faults("random"), conversion.faults("span")),
+            (9, Some(3), None)
+        );
+        assert_eq!((conversion.steps[0].sum, &conversion.seen[..]), (0xc0d2_2786, &[0x5a5a_5a5a][..]));
+        assert_eq!(conversion.stopped_at.as_deref(), Some("span"));
+        assert!(observed("counter pf_taken 0\ncounter exits 7\nuntraced").figures().is_err());
     }
 
     #[test]

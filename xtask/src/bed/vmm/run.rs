@@ -10,10 +10,11 @@ use std::time::Duration;
 use anyhow::{Result, anyhow, ensure};
 
 use super::super::progress::{self, Step};
-use super::super::{Bed, Guest, Kernel, ResolveError, ResolvedKernel, boot, initramfs};
 use super::build::Built;
-use super::case::{Case, PATCHED, PLAIN};
+use super::case::{Case, PATCHED, PLAIN, PRIVATE, Phase};
+use super::converter;
 use super::observed::{Figures, Observed};
+use crate::bed::{self, Bed, Guest, Kernel, ResolveError, ResolvedKernel, initramfs};
 
 const DRIVE: &str = include_str!("drive.sh");
 const INNER_INIT: &str = include_str!("inner-init.sh");
@@ -34,7 +35,8 @@ pub struct Done {
     pub result: Result<Figures>,
 }
 
-/// The kernels of both guests.
+/// The kernels of both guests. The inner one's is also that of the outer one where there is to be private memory, which
+/// no distribution's kernel has.
 pub struct Kernels {
     outer: ResolvedKernel,
     inner: ResolvedKernel,
@@ -66,7 +68,9 @@ fn run_together(bed: &Bed, kernels: &Kernels, built: &Built, cases: &[Case]) -> 
     let files = tempfile::tempdir()?;
     let guest = outer_guest(bed, kernels, built, cases, files.path())?;
     let mut reader = Reader::new(cases);
-    let outcome = boot::run(bed.qemu()?, &kernels.outer, &guest, &mut |line| reader.take(line));
+    let has_private_memory = cases.iter().any(|case| case.phase == Phase::Convert);
+    let kernel = if has_private_memory { &kernels.inner } else { &kernels.outer };
+    let outcome = bed::run(bed, kernel, &guest, &mut |line| reader.take(line));
     reader.step = None;
     let outcome = outcome?;
     let said = reader.rest.join("\n");
@@ -85,6 +89,7 @@ fn outer_guest(bed: &Bed, kernels: &Kernels, built: &Built, cases: &[Case], file
     guest.timeout = PATIENCE * u32::try_from(cases.len() + 1)?;
     guest.add(&built.plain, PLAIN, &[])?;
     guest.add(&built.patched, PATCHED, &[&built.libraries])?;
+    guest.add(&built.private, PRIVATE, &[&built.libraries])?;
     let (drive, list, archive) = (files.join("drive.sh"), files.join("cases"), files.join("inner.cpio"));
     fs::write(&drive, DRIVE)?;
     fs::write(&list, cases.iter().map(Case::line).collect::<String>())?;
@@ -94,6 +99,7 @@ fn outer_guest(bed: &Bed, kernels: &Kernels, built: &Built, cases: &[Case], file
         (&list, "/cases"),
         (&archive, "/inner.cpio"),
         (&kernels.inner.image, "/vmlinuz"),
+        (&converter::build(files)?, converter::INSIDE),
     ] {
         guest.add(file, inside, &[])?;
     }
