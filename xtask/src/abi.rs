@@ -6,6 +6,7 @@
 mod agreement;
 mod callers;
 mod header;
+pub mod promise;
 mod record;
 mod symbols;
 pub mod text;
@@ -53,7 +54,7 @@ pub fn main(cli: Cli) -> Result<()> {
         Action::Check => {
             setup::require_packages(usable::PACKAGES)?;
             let started = Instant::now();
-            let mut lane = Lane::new("abi", "");
+            let mut lane = Lane::new("abi");
             check(&mut lane, &Programs::prepare()?, &Bed::open()?);
             lanes::conclude("abi.json", started, &[lane])
         }

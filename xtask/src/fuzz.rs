@@ -67,7 +67,7 @@ fn show(figures: &Figures) {
 
 /// A lane of its own, for as many seconds.
 pub fn lane(seconds: u64) -> Lane {
-    let mut lane = Lane::new("fuzz", "");
+    let mut lane = Lane::new("fuzz");
     lane.check(&format!("the C interface, {seconds} s"), run(seconds, 1, false).map(drop));
     lane
 }

@@ -5,6 +5,7 @@
 
 mod consumers;
 mod lane;
+mod model;
 mod packaged;
 mod tree;
 
@@ -29,40 +30,50 @@ pub struct Cli {
     /// The directory for libraries, beneath the prefix or absolute, where the distribution's own is not wanted.
     #[arg(long, value_name = "DIRECTORY")]
     libdir: Option<PathBuf>,
+    /// Install libkvmprep-model.so too, the software KVM that test suites preload (x86-64).
+    #[arg(long)]
+    model: bool,
 }
 
 pub fn main(cli: Cli) -> Result<()> {
-    let said = install(&cli.prefix, cli.destdir.as_deref(), cli.libdir.as_deref())?;
+    let said = build_and_install(&cli)?;
     print!("{said}");
     Ok(())
 }
 
-/// Builds what is not built yet and installs it; returns what CMake said of that.
+/// Builds what is not built yet and installs the library alone; returns what CMake said of that.
 pub fn install(prefix: &Path, destdir: Option<&Path>, libdir: Option<&Path>) -> Result<String> {
+    let owned = |path: Option<&Path>| path.map(Path::to_owned);
+    let (destdir, libdir) = (owned(destdir), owned(libdir));
+    build_and_install(&Cli { prefix: prefix.to_owned(), destdir, libdir, model: false })
+}
+
+fn build_and_install(cli: &Cli) -> Result<String> {
     setup::require_packages(&["binutils", "cmake", "gcc", "libc6-dev", "make"])?;
     let build = project::output()?.join("build");
     // Each sets the build's directories to its own.
     let _alone = lock(&build.with_extension("lock"))?;
-    configure(&build, prefix, libdir)?;
+    configure(&build, cli)?;
     project::run(Command::new("cmake").arg("--build").arg(&build)).context("the library does not build")?;
     let mut install = Command::new("cmake");
     install.arg("--install").arg(&build).env_remove("DESTDIR");
-    if let Some(destdir) = destdir {
+    if let Some(destdir) = &cli.destdir {
         install.env("DESTDIR", std::path::absolute(destdir)?);
     }
     project::run(&mut install)
 }
 
-fn configure(build: &Path, prefix: &Path, libdir: Option<&Path>) -> Result<()> {
+fn configure(build: &Path, cli: &Cli) -> Result<()> {
     let mut cmake = Command::new("cmake");
     cmake.arg("-S").arg(project::root()).arg("-B").arg(build).args(["-G", "Unix Makefiles"]);
     // Another installation's directories may be left there.
     cmake.args(["-U", "CMAKE_INSTALL_*"]);
-    cmake.arg(define("CMAKE_INSTALL_PREFIX", &std::path::absolute(prefix)?));
-    if let Some(libdir) = libdir {
+    cmake.arg(define("CMAKE_INSTALL_PREFIX", &std::path::absolute(&cli.prefix)?));
+    if let Some(libdir) = &cli.libdir {
         cmake.arg(define("CMAKE_INSTALL_LIBDIR", libdir));
     }
     cmake.arg(define("KVMPREP_CARGO", Path::new(project::cargo().get_program())));
+    cmake.arg(format!("-DKVMPREP_MODEL={}", if cli.model { "ON" } else { "OFF" }));
     cmake.arg("-DCMAKE_BUILD_TYPE=Release");
     project::run(&mut cmake).map(drop)
 }

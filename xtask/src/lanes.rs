@@ -27,9 +27,31 @@ pub struct Counts {
     pub skipped: u64,
 }
 
+/// Whose answers a lane's programs get, which is printed above it.
+#[derive(Clone, Copy)]
+pub enum Kvm {
+    /// This machine's, whatever it can.
+    Native,
+    /// A real one, with nested paging, on a processor that is emulated.
+    Emulated,
+    /// None: the software model's, by that kernel's rules.
+    Modelled,
+}
+
 impl Lane {
-    pub fn new(name: &str, kernel: &str) -> Self {
-        println!("\n== {name}{}{kernel}", if kernel.is_empty() { "" } else { ": Linux " });
+    pub fn new(name: &str) -> Self {
+        println!("\n== {name}");
+        Self { name: name.into(), ..Self::default() }
+    }
+
+    /// One whose programs use KVM.
+    pub fn of_kernel(name: &str, kernel: &str, kvm: Kvm) -> Self {
+        let whose = match kvm {
+            Kvm::Native => "this machine's own KVM",
+            Kvm::Emulated => "real KVM on an emulated processor",
+            Kvm::Modelled => "no KVM but the software model",
+        };
+        println!("\n== {name}: Linux {kernel}, {whose}");
         Self { name: name.into(), kernel: kernel.into(), ..Self::default() }
     }
 

@@ -4,15 +4,22 @@ mod abi;
 mod bed;
 mod bench;
 mod demo;
+mod failing_calls;
 mod fuzz;
 mod install;
+mod invariants;
 mod lanes;
+mod launches;
 mod man;
+mod model;
 mod msrv;
 mod programs;
 mod project;
+mod quick;
 mod setup;
 mod soak;
+mod stock_qemu;
+mod tables;
 mod test;
 
 use clap::{Parser, Subcommand};
@@ -45,6 +52,8 @@ enum Command {
     Abi(abi::Cli),
     /// Hold the man pages against the header.
     Man,
+    /// Show the software model of KVM at work.
+    Model(model::Cli),
 }
 
 fn main() -> ExitCode {
@@ -58,6 +67,7 @@ fn main() -> ExitCode {
         Command::Install(cli) => install::main(cli),
         Command::Abi(cli) => abi::main(cli),
         Command::Man => man::main(),
+        Command::Model(cli) => model::main(cli),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -5,15 +5,17 @@
 //! and constant is explained, that examples compile and references lead somewhere. It never writes a page.
 
 mod header;
+mod model;
 mod page;
 
 use crate::abi;
 use crate::lanes::{self, Lane};
-use crate::programs::{C_FLAGS, Programs};
+use crate::programs::{self, C_FLAGS, Programs};
 use crate::project;
 use crate::setup;
 use anyhow::{Context, Result, bail};
 use header::{Header, squeezed};
+pub use model::example as model_example;
 use page::{Page, WHOLE_WORDS, joined};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -23,7 +25,7 @@ use std::time::Instant;
 /// `cargo xtask man`: the checks alone.
 pub fn main() -> Result<()> {
     let started = Instant::now();
-    let mut lane = Lane::new("man", "");
+    let mut lane = Lane::new("man");
     check(&mut lane, &Programs::prepare()?);
     lanes::conclude("man.json", started, &[lane])
 }
@@ -37,6 +39,7 @@ pub fn check(lane: &mut Lane, programs: &Programs) {
     lane.check("man pages, mandoc", manual.check_lint());
     lane.check("man pages, complete", verdict(manual.missing()));
     lane.check("man pages, known names only", verdict(manual.unknown_names()));
+    lane.check("man pages, the model's", verdict(manual.missing_of_model()));
     lane.check("man pages, layout", verdict(manual.wrong_layout()));
     lane.check("man pages, versions", verdict(manual.wrong_versions()));
     lane.check("man pages, prototypes", verdict(manual.wrong_prototypes()));
@@ -59,7 +62,12 @@ const FUNCTION_SECTIONS: [&str; 7] =
 /// All pages, and what they are about.
 struct Manual {
     pages: Vec<Page>,
+    /// What is promised.
     header: Header,
+    /// All names that there are, the model's too.
+    names: BTreeSet<String>,
+    /// Those of the model: what its header tells of, environment variables included.
+    of_model: BTreeSet<String>,
     /// The library's, `major.minor.patch`.
     version: String,
 }
@@ -67,9 +75,17 @@ struct Manual {
 impl Manual {
     fn read() -> Result<Self> {
         let text = std::fs::read_to_string(abi::header_path()).context("cannot read the header")?;
+        let of_model = model::names()?;
         Ok(Self {
             pages: Page::all(&project::root().join("man"))?,
-            header: Header::parse(&text)?,
+            header: Header::parse(&abi::promise::header(&text))?,
+            names: Header::parse(&abi::promise::opened(&text))?
+                .names()
+                .cloned()
+                .chain([abi::promise::MACRO.to_owned()])
+                .chain(of_model.iter().cloned())
+                .collect(),
+            of_model,
             version: project::version()?,
         })
     }
@@ -77,6 +93,11 @@ impl Manual {
     /// The pages that are more than a link to another.
     fn written(&self) -> impl Iterator<Item = &Page> {
         self.pages.iter().filter(|page| page.redirect.is_none())
+    }
+
+    /// The pages that tell of many functions, and are named after none.
+    fn overviews(&self) -> impl Iterator<Item = &Page> {
+        self.pages.iter().filter(|page| page.section == "7")
     }
 
     fn page(&self, title: &str) -> Option<&Page> {
@@ -124,10 +145,18 @@ impl Manual {
         complaints
     }
 
+    /// What the model's header tells of and its page does not.
+    fn missing_of_model(&self) -> Vec<String> {
+        let Some(page) = self.page(model::PAGE) else { return vec![format!("there is no {}", model::PAGE)] };
+        let text = page.text();
+        let told: BTreeSet<&str> = header::names(&text).map(|(name, _)| name).collect();
+        let untold = self.of_model.iter().filter(|name| !told.contains(name.as_str()));
+        untold.map(|name| format!("{} does not tell of {name}", model::PAGE)).collect()
+    }
+
     /// Pages and words that look like the header's and are not in it.
     fn unknown_names(&self) -> Vec<String> {
         let Header { functions, types, .. } = &self.header;
-        let names: BTreeSet<&str> = self.header.names().map(String::as_str).collect();
         let of_functions = self.pages.iter().filter(|page| page.section == "3");
         let strays = of_functions
             .filter(|page| !functions.contains_key(&page.name) && !types.contains(&page.name))
@@ -136,9 +165,9 @@ impl Manual {
         for page in self.written() {
             for (name, after) in header::names(&page.text()) {
                 let is_known = if after.starts_with('*') {
-                    names.iter().any(|known| known.starts_with(name))
+                    self.names.iter().any(|known| known.starts_with(name))
                 } else {
-                    names.contains(name)
+                    self.names.contains(name) || self.overviews().any(|page| page.name == name)
                 };
                 if !is_known {
                     complaints.push(format!("{}: the header has no {name}", page.title()));
@@ -262,10 +291,9 @@ impl Manual {
         complaints
     }
 
-    /// References to pages of ours, and to sections of kvmprep(7), that lead nowhere.
+    /// References to pages of ours, and to sections of those in section 7, that lead nowhere.
     fn dead_references(&self) -> Vec<String> {
         let mut complaints = Vec::new();
-        let sections: BTreeSet<&str> = self.page("kvmprep(7)").into_iter().flat_map(Page::headings).collect();
         for page in self.written() {
             let text = page.text();
             for title in references(&text) {
@@ -273,8 +301,13 @@ impl Manual {
                     complaints.push(format!("{}: there is no {title}", page.title()));
                 }
             }
-            let unknown = sections_named(&text).into_iter().filter(|name| !sections.contains(name.as_str()));
-            complaints.extend(unknown.map(|name| format!("{}: kvmprep(7) has no {name}", page.title())));
+            for overview in self.overviews() {
+                let mut named = sections_named(&text, &overview.title());
+                named.retain(|name| !overview.headings().any(|heading| heading == name));
+                let told =
+                    named.iter().map(|name| format!("{}: {} has no {name}", page.title(), overview.title()));
+                complaints.extend(told);
+            }
             let see_also = joined(page.section("SEE ALSO"));
             if page.section == "3" && !references(&see_also).contains(&"kvmprep(7)") {
                 complaints.push(format!("{}: SEE ALSO lacks kvmprep(7)", page.title()));
@@ -310,7 +343,8 @@ impl Manual {
                 let file = directory.join(format!("{}.{count}.c", page.name));
                 std::fs::write(&file, &code).with_context(|| format!("cannot write {}", file.display()))?;
                 let mut compiler = Command::new("cc");
-                compiler.args(C_FLAGS).arg("-I").arg(project::root().join("include")).arg(&file);
+                compiler.args(C_FLAGS).arg("-I").arg(project::root().join("include"));
+                compiler.arg("-I").arg(programs::model_headers()).arg(&file);
                 if code.contains("int main(") {
                     compiler.arg("-L").arg(programs.library_dir()).arg("-lkvmprep");
                 } else {
@@ -356,11 +390,11 @@ fn references(text: &str) -> Vec<&str> {
         .collect()
 }
 
-/// The sections in "… ONE SECTION and ANOTHER in kvmprep(7)".
-fn sections_named(text: &str) -> Vec<String> {
+/// The sections in "… ONE SECTION and ANOTHER in kvmprep(7)", for such a title.
+fn sections_named(text: &str, title: &str) -> Vec<String> {
     let mut sections = Vec::new();
     let mut before = text;
-    while let Some(at) = before.rfind(" in kvmprep(7)") {
+    while let Some(at) = before.rfind(&format!(" in {title}")) {
         before = &before[..at];
         let is_heading = |word: &&str| {
             *word == "and" || (!word.is_empty() && word.chars().all(|c| c.is_ascii_uppercase()))
@@ -381,7 +415,8 @@ mod tests {
     fn references_are_found() {
         let text = "kvmprep_a(3), (kvmprep(7)); kvmprep_b(x) libkvmprep(3) kvmprep_c(3)";
         assert_eq!(references(text), ["kvmprep_a(3)", "kvmprep(7)", "kvmprep_c(3)"]);
-        let text = "see (ONE A TWO and THREE in kvmprep(7)). A struct in kvmprep(7)";
-        assert_eq!(sections_named(text), ["ONE A TWO", "THREE"]);
+        let text = "see (ONE A TWO and THREE in kvmprep(7)). A struct in kvmprep(7); FOUR in kvmprep_x(7)";
+        assert_eq!(sections_named(text, "kvmprep(7)"), ["ONE A TWO", "THREE"]);
+        assert_eq!(sections_named(text, "kvmprep_x(7)"), ["FOUR"]);
     }
 }

@@ -18,12 +18,12 @@ pub fn lane(bed: &Bed) -> Result<Lane> {
         Ok(rust) => rust,
         Err(ResolveError::Unavailable(why)) => return Ok(Lane::skipped(NAME, &why)),
         Err(ResolveError::Failed(error)) => {
-            let mut lane = Lane::new(NAME, "");
+            let mut lane = Lane::new(NAME);
             lane.check("getting Debian 13's Rust", Err(error));
             return Ok(lane);
         }
     };
-    let mut lane = Lane::new(NAME, "");
+    let mut lane = Lane::new(NAME);
     let version = rust.version()?;
     lane.check(&format!("Rust {version} is the one claimed"), claimed(&version));
     lane.check("library, commands and tests", check(&rust, &["--workspace"]));

@@ -14,11 +14,21 @@ pub const C_FLAGS: &[&str] = &["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-W
 /// Whatever the distribution's own is: programs here are told where to look.
 const LIBDIR: &str = "lib";
 
+/// Where the software model's header is, whose functions a program has once the model is preloaded.
+pub fn model_headers() -> PathBuf {
+    project::root().join("model/preload/include")
+}
+
+/// How the names of those C tests begin that are about what only the model has.
+pub const OF_THE_MODEL: &str = "model_";
+
 /// The library, installed, and the programs made with it.
 pub struct Programs {
     headers: PathBuf,
     libraries: PathBuf,
     programs: PathBuf,
+    /// What the programs share, compiled.
+    support: Vec<PathBuf>,
 }
 
 impl Programs {
@@ -28,7 +38,13 @@ impl Programs {
         let (prefix, programs) = (project::output()?.join("installed"), project::output()?.join("programs"));
         install::install(&prefix, None, Some(Path::new(LIBDIR)))?;
         std::fs::create_dir_all(&programs).with_context(|| format!("cannot make {}", programs.display()))?;
-        Ok(Self { headers: prefix.join("include"), libraries: prefix.join(LIBDIR), programs })
+        let (headers, libraries) = (prefix.join("include"), prefix.join(LIBDIR));
+        let mut built = Self { headers, libraries, programs, support: Vec::new() };
+        for source in support_sources(&project::root().join("c-tests/support"))? {
+            let object = built.compile(&source)?;
+            built.support.push(object);
+        }
+        Ok(built)
     }
 
     /// Where the shared library is, under its soname.
@@ -45,8 +61,8 @@ impl Programs {
     pub fn build(&self, name: &str) -> Result<PathBuf> {
         let tests = project::root().join("c-tests");
         let program = self.programs.join(name);
-        let mut compiler = self.compiler(&tests, name);
-        compiler.args(support_sources(&tests.join("support"))?);
+        let mut compiler = self.compiler();
+        compiler.arg(tests.join(format!("{name}.c"))).args(&self.support);
         let own = tests.join(name);
         if own.is_dir() {
             compiler.args(support_sources(&own)?);
@@ -58,22 +74,55 @@ impl Programs {
 
     /// Compiles `c-tests/NAME.c`, which is no program by itself.
     pub fn build_object(&self, name: &str) -> Result<PathBuf> {
-        let object = self.programs.join(format!("{name}.o"));
-        let mut compiler = self.compiler(&project::root().join("c-tests"), name);
-        compiler.args(["-c", "-o"]).arg(&object);
-        project::run(&mut compiler).with_context(|| format!("c-tests/{name}.c does not compile"))?;
+        self.compile(&project::root().join(format!("c-tests/{name}.c")))
+    }
+
+    fn compile(&self, source: &Path) -> Result<PathBuf> {
+        let name = source.file_stem().context("a source has a name")?;
+        let object = self.programs.join(name).with_extension("o");
+        project::run(self.compiler().arg("-c").arg(source).arg("-o").arg(&object))
+            .with_context(|| format!("{} does not compile", source.display()))?;
         Ok(object)
     }
 
-    fn compiler(&self, tests: &Path, name: &str) -> Command {
+    fn compiler(&self) -> Command {
         let mut compiler = Command::new("cc");
-        compiler.args(C_FLAGS).arg("-I").arg(&self.headers).arg("-I").arg(tests);
-        compiler.arg(tests.join(format!("{name}.c")));
+        compiler.args(C_FLAGS);
+        for directory in [&self.headers, &project::root().join("c-tests"), &model_headers()] {
+            compiler.arg("-I").arg(directory);
+        }
         compiler
     }
 }
 
-/// The names of all C tests: what lies in `c-tests/`, but for benchmarks and the demonstration.
+/// The comparison of the model with a kernel: a Rust program, which sets the machine's policies for huge pages and is for the
+/// bed alone.
+pub const DIFF_MODEL: &str = "diff_model";
+
+/// It uses one, and would wait for others to be told of what it does. With two a busy machine once showed a page less than
+/// there were, which was not seen again; with one that was not seen in millions of operations.
+pub const DIFF_MODEL_CPUS: u32 = 1;
+
+/// Builds it as what is fuzzed: fast, since it runs under emulation, and with each check that Rust can make.
+pub fn build_diff_model() -> Result<PathBuf> {
+    let mut cargo = project::cargo();
+    cargo.args(["build", "--quiet", "--package", "kvmprep-model-diff", "--profile", "fuzz"]);
+    cargo.args(["--bin", DIFF_MODEL]);
+    project::run(&mut cargo).context("the comparison with the model does not compile")?;
+    Ok(project::target().join("fuzz").join(DIFF_MODEL))
+}
+
+/// Builds the search for mistakes of the model, with a model that can make them.
+pub fn build_find_mistakes() -> Result<PathBuf> {
+    const NAME: &str = "find_mistakes";
+    let mut cargo = project::cargo();
+    cargo.args(["build", "--quiet", "--package", "kvmprep-model-diff", "--profile", "fuzz"]);
+    cargo.args(["--features", "mistakes", "--bin", NAME]);
+    project::run(&mut cargo).context("the search for mistakes does not compile")?;
+    Ok(project::target().join("fuzz").join(NAME))
+}
+
+/// The names of all C tests: what lies in `c-tests/`, but for benchmarks, the demonstration and examples.
 pub fn test_names() -> Result<Vec<String>> {
     let directory = project::root().join("c-tests");
     let mut names = Vec::new();
@@ -82,7 +131,7 @@ pub fn test_names() -> Result<Vec<String>> {
     {
         let name = entry?.file_name().to_string_lossy().into_owned();
         let Some(name) = name.strip_suffix(".c") else { continue };
-        if !name.starts_with("bench_") && !["demo", "example"].contains(&name) {
+        if !["bench_", "example"].iter().any(|other| name.starts_with(other)) && name != "demo" {
             names.push(name.to_owned());
         }
     }

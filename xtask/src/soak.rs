@@ -1,10 +1,13 @@
 //! `cargo xtask soak`: the C tests of `cargo xtask test` with many times the rounds, for hours if one likes.
 //!
 //! Nothing here is different from the tests but the number of rounds, which each reads from its environment, and for how
-//! long the C interface is fuzzed.
+//! long the C interface is fuzzed; and that the comparison of the model with kernels must find what is wrong with it on
+//! purpose. At the default scale `hostile_guest` has ten minutes, as the fuzzer has, `conversions` makes 250,000
+//! conversions, and the model is looked at after ten million steps of each type of virtual machine.
 
 use crate::bed::{self, Bed};
 use crate::fuzz;
+use crate::invariants;
 use crate::lanes;
 use crate::test::{Tests, kernel_lane};
 use anyhow::Result;
@@ -24,10 +27,16 @@ pub struct Cli {
     /// Only these kernels.
     #[arg(long = "kernel", value_name = "KERNEL")]
     kernels: Vec<String>,
+    /// Only the model's invariants.
+    #[arg(long, conflicts_with_all = ["programs", "kernels"])]
+    invariants: bool,
 }
 
 pub fn main(cli: Cli) -> Result<()> {
     let started = Instant::now();
+    if cli.invariants {
+        return lanes::conclude("soak.json", started, &[invariants::lane(cli.scale)]);
+    }
     let tests = Tests::build(&cli.programs)?;
     let bed = Bed::open()?;
     let mut lanes = Vec::new();
@@ -37,8 +46,10 @@ pub fn main(cli: Cli) -> Result<()> {
         }
     }
     if cli.kernels.is_empty() && cli.programs.is_empty() {
+        lanes.push(bed::mistakes_lane(&bed, None)?);
         lanes.push(bed::qemu_lane(&bed)?);
         lanes.push(fuzz::lane(FUZZING_SECONDS * u64::from(cli.scale)));
+        lanes.push(invariants::lane(cli.scale));
     }
     lanes::conclude("soak.json", started, &lanes)
 }

@@ -6,22 +6,33 @@
 use crate::abi;
 use crate::bed::{self, Bed, Guest, Kernel, ResolveError};
 use crate::bench;
+use crate::failing_calls;
 use crate::fuzz;
 use crate::install;
-use crate::lanes::{self, Counts, Lane, cargo_counts, case_counts};
+use crate::lanes::{self, Counts, Kvm, Lane, cargo_counts, case_counts};
+use crate::launches;
 use crate::man;
+use crate::model;
 use crate::msrv;
 use crate::programs::{self, Programs};
 use crate::project;
+use crate::quick;
 use crate::setup;
-use anyhow::{Context, Result, ensure};
+use crate::stock_qemu;
+use anyhow::{Context, Result, anyhow, ensure};
+use std::fmt::Debug;
+use std::ops::RangeBounds;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 #[derive(clap::Args)]
 pub struct Cli {
-    /// Only these lanes: source, msrv, install, native, 6.1, 6.12, newest, private; qemu must be named.
+    /// What can be judged on any machine within a minute: the C tests on the software model. No bed, root, network or KVM.
+    #[arg(long, conflicts_with = "lanes")]
+    quick: bool,
+    /// Only these lanes: source, msrv, install, model, model-qemu, native, 6.1, 6.12, newest, private; qemu must be
+    /// named.
     #[arg(long = "lane", value_name = "LANE")]
     lanes: Vec<String>,
     /// Only these C tests.
@@ -29,14 +40,18 @@ pub struct Cli {
     programs: Vec<String>,
 }
 
-/// How long one C test may take in the bed, booting included.
-const PROGRAM_TIMEOUT: Duration = Duration::from_secs(240);
+/// How long one program may take in the bed, booting included, before it counts as hanging. The longest, the comparison with
+/// the model, takes about a minute on a quiet machine; on one that is busy, many times that.
+const PROGRAM_TIMEOUT: Duration = Duration::from_secs(1800);
 
 /// The kernels of the bed, with the backings that each must show without a fault: one that is skipped there by
 /// mistake would otherwise go unseen.
 pub const KERNELS: [(&str, u64); 4] = [("6.1", 7), ("6.12", 7), ("newest", 8), ("private", 9)];
 
 pub fn main(cli: Cli) -> Result<()> {
+    if cli.quick {
+        return quick::main(&cli.programs);
+    }
     let started = Instant::now();
     let wants = |name: &str| cli.lanes.is_empty() || cli.lanes.iter().any(|lane| lane == name);
     let bed = Bed::open()?;
@@ -51,6 +66,12 @@ pub fn main(cli: Cli) -> Result<()> {
         lanes.push(install::lane()?);
     }
     let tests = Tests::build(&cli.programs)?;
+    if wants("model") {
+        lanes.extend(quick::lanes(&tests)?);
+    }
+    if wants("model-qemu") {
+        lanes.push(stock_qemu::lane(&quick::build_model()?)?);
+    }
     if wants("native") {
         lanes.push(native_lane(&tests)?);
     }
@@ -65,15 +86,25 @@ pub fn main(cli: Cli) -> Result<()> {
     lanes::conclude("test.json", started, &lanes)
 }
 
-/// The C tests, built.
+/// The C tests, built, and the comparison with the model.
 pub struct Tests {
     pub programs: Vec<(String, PathBuf)>,
-    libraries: PathBuf,
+    pub libraries: PathBuf,
 }
 
 impl Tests {
     /// Builds all, or those named.
     pub fn build(only: &[String]) -> Result<Self> {
+        let mut tests = Self::build_c(only)?;
+        if only.is_empty() || only.iter().any(|name| name == programs::DIFF_MODEL) {
+            tests.programs.push((programs::DIFF_MODEL.into(), programs::build_diff_model()?));
+        }
+        ensure!(!tests.programs.is_empty(), "no C test of that name");
+        Ok(tests)
+    }
+
+    /// The C tests alone.
+    pub fn build_c(only: &[String]) -> Result<Self> {
         let build = Programs::prepare()?;
         let mut programs = Vec::new();
         for name in programs::test_names()? {
@@ -83,15 +114,19 @@ impl Tests {
                 programs.push((name, program));
             }
         }
-        ensure!(!programs.is_empty(), "no C test of that name");
         Ok(Self { programs, libraries: build.library_dir().to_path_buf() })
+    }
+
+    /// Those that have something to do on a real KVM.
+    fn for_kvm(&self) -> impl Iterator<Item = &(String, PathBuf)> {
+        self.programs.iter().filter(|(name, _)| !name.starts_with(programs::OF_THE_MODEL))
     }
 }
 
 /// What the sources say of themselves: format, lints, unit tests, the interface.
 fn source_lane(bed: &Bed) -> Result<Lane> {
     setup::require_packages(&["abigail-tools", "clang-format-19", "clang-19", "g++"])?;
-    let mut lane = Lane::new("source", "");
+    let mut lane = Lane::new("source");
     lane.check("rustfmt", cargo_check(&["fmt", "--all", "--", "--check"]));
     lane.check("clang-format", clang_format());
     lane.check(
@@ -101,11 +136,17 @@ fn source_lane(bed: &Bed) -> Result<Lane> {
     lane.check("rustdoc", rustdoc());
     cargo_tests(&mut lane, "cargo test", &["test", "--workspace", "--no-fail-fast"], &[]);
     cargo_tests(&mut lane, "cargo test, AddressSanitizer", SANITIZED, &sanitizer_environment());
+    launches::TABLE.check(&mut lane);
+    failing_calls::TABLE.check(&mut lane);
+    cargo_tests(&mut lane, "conversions that race, in every order", RACES, &RACES_ENVIRONMENT);
+    cargo_tests(&mut lane, "mappings that race, in every order", MODEL_RACES, &MODEL_RACES_ENVIRONMENT);
+    cargo_tests(&mut lane, "threads at a virtual machine, ThreadSanitizer", THREADS, &THREADS_ENVIRONMENT);
     lane.check("fuzzing, the fixed programs", fuzz::check_seeds());
     let built = Programs::prepare()?;
     abi::check(&mut lane, &built, bed);
-    lane.check("the README's example", readme_example(&built));
+    lane.check("the README's examples", readme_examples(&built));
     man::check(&mut lane, &built);
+    lane.check("the drawings of the model", model::check());
     lane.check("what a chunk costs", bench::check_counts());
     Ok(lane)
 }
@@ -127,6 +168,41 @@ fn sanitizer_environment() -> [(&'static str, &'static str); 3] {
     ]
 }
 
+/// src/private/races.rs. Nothing else can run where locks are loom's.
+const RACES: &[&str] = &["test", "--package", "kvmprep", "--lib", "private::races"];
+
+const RACES_ENVIRONMENT: [(&str, &str); 4] = [
+    ("RUSTFLAGS", "--cfg loom"),
+    ("CARGO_TARGET_DIR", "target/kvmprep/races"),
+    // Half of the time goes into debug information that nobody reads.
+    ("CARGO_PROFILE_DEV_DEBUG", "0"),
+    ("CARGO_INCREMENTAL", "0"),
+];
+
+/// model/src/mmu/races.rs, of which there are more orders: it takes the optimizer less time than it saves.
+const MODEL_RACES: &[&str] = &["test", "--package", "kvmprep-model", "--lib", "mmu::races"];
+
+const MODEL_RACES_ENVIRONMENT: [(&str, &str); 5] = [
+    ("RUSTFLAGS", "--cfg loom"),
+    ("CARGO_TARGET_DIR", "target/kvmprep/races"),
+    ("CARGO_PROFILE_DEV_DEBUG", "0"),
+    ("CARGO_PROFILE_DEV_OPT_LEVEL", "1"),
+    ("CARGO_INCREMENTAL", "0"),
+];
+
+/// model/tests/threads.rs, with locks that ThreadSanitizer sees through.
+const THREADS: &[&str] =
+    &["test", "--package", "kvmprep-model", "--test", "threads", "--target", "x86_64-unknown-linux-gnu"];
+
+const THREADS_ENVIRONMENT: [(&str, &str); 6] = [
+    ("RUSTC_BOOTSTRAP", "1"),
+    ("RUSTFLAGS", "--cfg tsan -Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer"),
+    ("CARGO_TARGET_DIR", "target/kvmprep/threads"),
+    ("CARGO_PROFILE_DEV_DEBUG", "0"),
+    ("CARGO_PROFILE_DEV_OPT_LEVEL", "1"),
+    ("CARGO_INCREMENTAL", "0"),
+];
+
 fn cargo_check(arguments: &[&str]) -> Result<()> {
     project::run(project::cargo().args(arguments)).map(drop)
 }
@@ -141,7 +217,12 @@ fn rustdoc() -> Result<()> {
 fn cargo_tests(lane: &mut Lane, what: &str, arguments: &[&str], environment: &[(&str, &str)]) {
     let mut cargo = project::cargo();
     cargo.args(arguments).envs(environment.iter().copied());
-    match cargo.output().context("cannot start cargo") {
+    add_cargo_tests(lane, what, &cargo.output().context("cannot start cargo"));
+}
+
+/// Adds what a `cargo test` came to.
+pub fn add_cargo_tests(lane: &mut Lane, what: &str, outcome: &Result<Output>) {
+    match outcome {
         Ok(output) => {
             let text = String::from_utf8_lossy(&output.stdout).into_owned()
                 + &String::from_utf8_lossy(&output.stderr);
@@ -150,13 +231,22 @@ fn cargo_tests(lane: &mut Lane, what: &str, arguments: &[&str], environment: &[(
             counts.failed = counts.failed.max(u64::from(!output.status.success()));
             lane.add(what, counts, &text);
         }
-        Err(error) => lane.check(what, Err(error)),
+        Err(error) => lane.check(what, Err(anyhow!("{error:#}"))),
     }
 }
 
 fn c_sources() -> Result<Vec<PathBuf>> {
+    const DIRECTORIES: [&str; 7] = [
+        "c-tests",
+        "c-tests/diff_memslots",
+        "c-tests/support",
+        "consumers/src",
+        "model/diff/src",
+        "xtask/src/bed",
+        "xtask/src/bed/vmm/converter",
+    ];
     let mut files = Vec::new();
-    for directory in ["c-tests", "c-tests/diff_memslots", "c-tests/support", "consumers/src"] {
+    for directory in DIRECTORIES {
         for entry in std::fs::read_dir(project::root().join(directory))? {
             let path = entry?.path();
             let extension = path.extension().unwrap_or_default();
@@ -174,15 +264,19 @@ fn clang_format() -> Result<()> {
     project::run(&mut command).map(drop)
 }
 
-/// The C example in the README is what c-tests/example.c holds, which is compiled and linked here.
-fn readme_example(programs: &Programs) -> Result<()> {
+/// The C examples in the README are what these files of c-tests/ hold from there on, which are compiled here.
+fn readme_examples(programs: &Programs) -> Result<()> {
     let readme =
         std::fs::read_to_string(project::root().join("README.md")).context("cannot read README.md")?;
-    let source = std::fs::read_to_string(project::root().join("c-tests/example.c"))
-        .context("cannot read c-tests/example.c")?;
-    let code = &source[source.find("#include").unwrap_or(0)..];
-    ensure!(readme.contains(code.trim()), "README.md does not show c-tests/example.c");
-    programs.build_object("example").map(drop)
+    for (name, start) in [("example", "#include"), ("example_private", "/*\n * After KVM_RUN")] {
+        let source = std::fs::read_to_string(project::root().join(format!("c-tests/{name}.c")))
+            .with_context(|| format!("cannot read c-tests/{name}.c"))?;
+        let code = source.find(start).map(|at| source[at..].trim());
+        let is_shown = code.is_some_and(|code| readme.contains(code));
+        ensure!(is_shown, "README.md does not show c-tests/{name}.c from \"{start}\" on");
+        programs.build_object(name)?;
+    }
+    Ok(())
 }
 
 /// The C tests on this machine's own KVM, whatever it is.
@@ -191,10 +285,13 @@ fn native_lane(tests: &Tests) -> Result<Lane> {
         return Ok(Lane::skipped("native", &format!("/dev/kvm cannot be opened: {error}")));
     }
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let mut lane = Lane::new("native", release.trim());
-    for (name, program) in &tests.programs {
+    let mut lane = Lane::of_kernel("native", release.trim(), Kvm::Native);
+    for (name, program) in tests.for_kvm().filter(|(name, _)| name != programs::DIFF_MODEL) {
         let mut command = Command::new("timeout");
-        command.args(["--kill-after=5", "240"]).arg(program).env("LD_LIBRARY_PATH", &tests.libraries);
+        command
+            .args(["--kill-after=5", quick::TIMEOUT_SECONDS])
+            .arg(program)
+            .env("LD_LIBRARY_PATH", &tests.libraries);
         let output = command.output().with_context(|| format!("cannot start {name}"))?;
         add_program(&mut lane, name, output.status.code(), &String::from_utf8_lossy(&output.stdout), "");
     }
@@ -207,24 +304,20 @@ pub fn kernel_lane(bed: &Bed, name: &str, backings: u64, tests: &Tests, scale: u
         Ok(kernel) => kernel,
         Err(ResolveError::Unavailable(why)) => return Ok(Lane::skipped(name, &why)),
         Err(ResolveError::Failed(error)) => {
-            let mut lane = Lane::new(name, "");
+            let mut lane = Lane::new(name);
             lane.check("getting the kernel", Err(error));
             return Ok(lane);
         }
     };
-    let mut lane = Lane::new(name, &kernel.version);
-    for (test, program) in &tests.programs {
-        match run_in_bed(bed, &kernel, program, &tests.libraries, scale) {
+    let mut lane = Lane::of_kernel(name, &kernel.version, Kvm::Emulated);
+    lane.check("VMs are kept, for the emulator's sake", check_kept_vms(bed, &kernel));
+    for (test, program) in tests.for_kvm() {
+        match run_in_bed(bed, &kernel, (test, program), &tests.libraries, scale) {
             Ok(outcome) => {
                 let trouble = outcome.oops.as_deref().unwrap_or("");
                 let counts = add_program(&mut lane, test, Some(outcome.status), &outcome.output, trouble);
-                if test == "backings" {
-                    let enough = if counts.passed == backings {
-                        Ok(())
-                    } else {
-                        Err(anyhow::anyhow!("{} of {backings}:\n{}", counts.passed, outcome.output))
-                    };
-                    lane.check("every backing that this kernel has", enough);
+                if test == BACKINGS {
+                    check_backings(&mut lane, counts, backings..=backings, &outcome.output);
                 }
             }
             Err(error) => lane.check(test, Err(error)),
@@ -233,16 +326,41 @@ pub fn kernel_lane(bed: &Bed, name: &str, backings: u64, tests: &Tests, scale: u
     Ok(lane)
 }
 
+/// Without them a kernel dies now and then, and nothing would say why.
+fn check_kept_vms(bed: &Bed, kernel: &bed::ResolvedKernel) -> Result<()> {
+    let guest = Guest::new(["sh", "-c", "ls -1d /sys/kernel/debug/kvm/*-*"]);
+    let outcome = bed::run(bed, kernel, &guest, &mut |_| {})?;
+    let kept = outcome.output.lines().filter(|line| line.starts_with("/sys")).count();
+    ensure!(outcome.status == 0 && kept == 2, "{kept} VMs are kept:\n{}", outcome.output);
+    Ok(())
+}
+
+/// The C test that shows each backing, those skipped that are not to be had.
+pub const BACKINGS: &str = "backings";
+
+/// It must have shown so many: one that is skipped by mistake would otherwise go unseen.
+pub fn check_backings(lane: &mut Lane, counts: Counts, expected: impl RangeBounds<u64> + Debug, said: &str) {
+    let enough = if expected.contains(&counts.passed) {
+        Ok(())
+    } else {
+        Err(anyhow!("{} of {expected:?}:\n{said}", counts.passed))
+    };
+    lane.check("every backing that this kernel has", enough);
+}
+
 fn run_in_bed(
     bed: &Bed,
     kernel: &bed::ResolvedKernel,
-    program: &Path,
+    (name, program): (&str, &Path),
     libraries: &Path,
     scale: u32,
 ) -> Result<bed::Outcome> {
     let mut guest = Guest::new(["/test"]);
     guest.add(program, "/test", &[libraries])?;
     guest.timeout = PROGRAM_TIMEOUT * scale;
+    if name == programs::DIFF_MODEL {
+        guest.cpus = programs::DIFF_MODEL_CPUS;
+    }
     guest.env.push(("KVMPREP_TEST_SCALE".into(), scale.to_string()));
     if scale > 1 {
         // Tests do the same each time; a soak looks for what they have not met.
@@ -252,7 +370,7 @@ fn run_in_bed(
 }
 
 /// Adds what a C test printed. Its status must agree with its counts, and the kernel must not have complained.
-fn add_program(lane: &mut Lane, name: &str, status: Option<i32>, output: &str, trouble: &str) -> Counts {
+pub fn add_program(lane: &mut Lane, name: &str, status: Option<i32>, output: &str, trouble: &str) -> Counts {
     let mut counts = case_counts(output);
     let is_consistent = status == Some(i32::from(counts.failed > 0));
     if !is_consistent || !trouble.is_empty() {

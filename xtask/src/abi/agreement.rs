@@ -22,7 +22,7 @@ const PARTS: &[char] = &['{', ';', '}'];
 /// Fails where the library's types are not the header's.
 pub fn check() -> Result<()> {
     let work = tempfile::tempdir_in(project::output()?)?;
-    let current = record::current()?;
+    let current = record::whole()?;
     let header = current.library(work.path())?;
     // As developers build it: the shipped one does not carry types, and they are the same sources.
     project::run(project::cargo().args(["build", "--package", "kvmprep"]))?;

@@ -6,7 +6,7 @@
 
 use super::record;
 use super::text::{self, Growth};
-use crate::programs::{C_FLAGS, Programs, support_sources};
+use crate::programs::{C_FLAGS, Programs, model_headers, support_sources};
 use crate::project;
 use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
@@ -36,6 +36,8 @@ pub fn build(built: &Programs) -> Result<PathBuf> {
     compiler
         .arg("-I")
         .arg(&tests)
+        .arg("-I")
+        .arg(model_headers())
         .arg(tests.join("callers.c"))
         .args(support_sources(&tests.join("support"))?);
     compiler
@@ -134,10 +136,16 @@ mod tests {
     #[test]
     fn all_that_the_header_calls_growing_is_found_to_be() {
         let header = record::current().unwrap().header;
-        let inputs = ["kvmprep_vm_config", "kvmprep_populate_opts"];
+        let inputs = ["kvmprep_vm_config", "kvmprep_populate_opts", "kvmprep_convert_opts"];
         assert!(inputs.iter().all(|name| text::growth(&header, name) == Some(Growth::Input)));
-        assert_eq!(outputs(&header).len(), 6);
-        let fixed = ["kvmprep_error", "kvmprep_range", "kvmprep_memslot", "kvmprep_backing_result"];
+        assert_eq!(outputs(&header).len(), 7);
+        let fixed = [
+            "kvmprep_error",
+            "kvmprep_range",
+            "kvmprep_memslot",
+            "kvmprep_backing_result",
+            "kvmprep_visibility_run",
+        ];
         assert!(fixed.iter().all(|name| text::growth(&header, name).is_none()));
     }
 }

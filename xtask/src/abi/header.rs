@@ -2,6 +2,7 @@
 //!
 //! What cbindgen cannot be told to write is put right here; what C programmers read is written in the Rust sources.
 
+use super::promise;
 use crate::project;
 use anyhow::{Context, Result, bail};
 use std::path::PathBuf;
@@ -15,13 +16,14 @@ pub fn generate() -> Result<String> {
     let config = cbindgen::Config::from_file(project::root().join("cbindgen.toml"))
         .map_err(|error| anyhow::anyhow!("cbindgen.toml: {error}"))?;
     // File by file, in the order of reading; what else the crate holds is not C's.
-    let sections = ["error", "caps", "vm", "memslot", "populate", "job"];
+    let sections = ["error", "caps", "vm", "memslot", "populate", "job", "private", "image", "launch"];
     let files = sections.map(|name| project::root().join(format!("src/abi/{name}.rs")));
     let builder = files.iter().fold(cbindgen::Builder::new().with_config(config), |b, file| b.with_src(file));
     let bindings = builder.generate()?;
     let mut text = Vec::new();
     bindings.write(&mut text);
-    Ok(guarded(&unsigned(&without_rust_sections(&String::from_utf8(text)?))))
+    let header = guarded(&unsigned(&without_rust_sections(&String::from_utf8(text)?)));
+    Ok(promise::merged(&header))
 }
 
 /// Gives numbers that no int holds an unsigned type: as they come they are a long, on any 64-bit machine. And the one

@@ -7,7 +7,7 @@
 
 use super::text::{self, Growth};
 use super::view::{self, Interface};
-use super::{SONAME, header, symbols};
+use super::{SONAME, header, promise, symbols};
 use crate::project;
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,8 +26,19 @@ struct Changes {
     compatible: Vec<String>,
 }
 
-/// The interface as the sources have it now.
+/// The interface as the sources have it now, as far as it is promised to stay.
 pub fn current() -> Result<Interface> {
+    let Interface { header, map } = files()?;
+    Ok(Interface { header: promise::header(&header), map: promise::map(&map) })
+}
+
+/// All that is shipped: what is promised, and what is not.
+pub fn whole() -> Result<Interface> {
+    let Interface { header, map } = files()?;
+    Ok(Interface { header: promise::opened(&header), map })
+}
+
+fn files() -> Result<Interface> {
     let read = |path: PathBuf| {
         std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
     };
@@ -123,7 +134,7 @@ fn check_letters(recorded: &Recorded, current: &Interface) -> Result<()> {
     let added = compare(&recorded.interface, current)?.compatible;
     let what = if added.is_empty() { "only words differ".to_owned() } else { added.join("\n") };
     bail!(
-        "include/kvmprep.h or abi/kvmprep.map is not the one recorded as {}: run `cargo xtask abi record` and commit \
+        "what include/kvmprep.h or abi/kvmprep.map promises is not what is recorded as {}: run `cargo xtask abi record` and commit \
          abi/\n{what}",
         recorded.version
     )
@@ -155,7 +166,7 @@ fn compare(old: &Interface, new: &Interface) -> Result<Changes> {
 }
 
 /// Functions and types. A struct that may grow is compared as far as the older header knows it: what is appended is
-/// a compatible change, and every other change is seen.
+/// a compatible change, and so is a use for what was reserved; every other change is seen.
 fn compare_types(
     old: &Interface,
     new: &Interface,
@@ -172,16 +183,35 @@ fn compare_types(
     Ok(())
 }
 
-/// `new` without the fields that it has appended to structs that `old` says may grow.
+/// `new` without the fields that it has appended to structs that `old` says may grow, and with what `old` has reserved
+/// under that name again.
 fn as_far_as_known(old: &Interface, new: &Interface) -> Interface {
     let mut header = new.header.clone();
     for name in text::structs(&old.header) {
+        for (n, field) in text::fields(&old.header, name).into_iter().enumerate() {
+            let now = text::fields(&header, name).get(n).copied().unwrap_or_default();
+            if is_put_to_use(field, now) {
+                header = text::redeclared(&header, name, n, field);
+            }
+        }
         let fields = text::fields(&old.header, name).len();
         if text::growth(&old.header, name).is_some() && text::fields(&header, name).len() > fields {
             header = text::shortened(&header, name, fields);
         }
     }
     Interface { header, map: new.map.clone() }
+}
+
+/// Whether a field was reserved, and is now of the same type with a name that says what for: callers left it zero, or did
+/// not look at it.
+fn is_put_to_use(before: &str, now: &str) -> bool {
+    let parts = |field: &str| {
+        let (kind, name) = field.trim().trim_end_matches(';').rsplit_once(' ')?;
+        let (name, length) = name.split_at(name.find('[').unwrap_or(name.len()));
+        Some((kind.to_owned(), name.to_owned(), length.to_owned()))
+    };
+    let (Some(before), Some(now)) = (parts(before), parts(now)) else { return false };
+    before.1.starts_with("reserved") && (before.0, before.2) == (now.0, now.2)
 }
 
 fn compare_values(
@@ -245,8 +275,12 @@ mod tests {
 
     /// Whether a change is seen as compatible; `None` when it is not seen.
     fn verdict(fixed: &str, growing: &str, constant: &str) -> Option<bool> {
+        verdict_of(&interface(FIXED, GROWING, "1"), &interface(fixed, growing, constant))
+    }
+
+    fn verdict_of(old: &Interface, new: &Interface) -> Option<bool> {
         crate::setup::require_packages(super::super::PACKAGES).unwrap();
-        let changes = compare(&interface(FIXED, GROWING, "1"), &interface(fixed, growing, constant)).unwrap();
+        let changes = compare(old, new).unwrap();
         (!changes.incompatible.is_empty() || !changes.compatible.is_empty())
             .then_some(changes.incompatible.is_empty())
     }
@@ -263,6 +297,23 @@ mod tests {
         assert_eq!(verdict(FIXED, "  uint64_t c;\n  uint32_t d;\n", "1"), Some(false));
         assert_eq!(verdict("  uint32_t a;\n  uint32_t b;\n  uint32_t c;\n", GROWING, "1"), Some(false));
         assert_eq!(verdict("  uint32_t a;\n", GROWING, "1"), Some(false));
+    }
+
+    #[test]
+    fn what_was_reserved_may_be_put_to_use_as_it_is() {
+        let of = |fixed: &str| interface(fixed, GROWING, "1");
+        let was = of("  uint32_t a;\n  uint32_t reserved;\n  uint64_t reserved1[2];\n");
+        let verdict = |fixed: &str| verdict_of(&was, &of(fixed));
+        assert_eq!(verdict("  uint32_t a;\n  uint32_t used;\n  uint64_t reserved1[2];\n"), Some(true));
+        assert_eq!(verdict("  uint32_t a;\n  uint32_t reserved;\n  uint64_t used[2];\n"), Some(true));
+        assert_eq!(verdict("  uint32_t a;\n  int32_t used;\n  uint64_t reserved1[2];\n"), Some(false));
+        assert_eq!(verdict("  uint32_t a;\n  uint32_t used;\n  uint64_t reserved1[1];\n"), Some(false));
+        assert_eq!(
+            verdict("  uint32_t other;\n  uint32_t reserved;\n  uint64_t reserved1[2];\n"),
+            Some(false)
+        );
+        let back = of("  uint32_t a;\n  uint32_t used;\n  uint64_t reserved1[2];\n");
+        assert_eq!(verdict_of(&back, &was), Some(false));
     }
 
     #[test]

@@ -76,14 +76,26 @@ pub fn growth(header: &str, name: &str) -> Option<Growth> {
     if fields(header, name).first().is_some_and(|field| field.trim() == "uint32_t struct_size;") {
         return Some(Growth::Input);
     }
-    let is_sized = |declaration: &str| {
+    let is_passed_sized = |declaration: &str| {
         let parameters: Vec<&str> = declaration.split([',', '(', ')']).map(str::trim).collect();
-        parameters.windows(2).any(|pair| {
-            let output = pair[0].strip_prefix(&format!("struct {name} *"));
-            output.is_some_and(|output| pair[1] == format!("size_t {output}_size"))
-        })
+        is_with_its_size(&parameters, name)
     };
-    prototypes(header).iter().any(|(_, declaration)| is_sized(declaration)).then_some(Growth::Output)
+    // An input may say where an output is to go.
+    let is_pointed_to_sized = |holder: &&str| {
+        let members = fields(header, holder).into_iter().map(|field| field.trim().trim_end_matches(';'));
+        is_with_its_size(&members.collect::<Vec<_>>(), name)
+    };
+    let is_output = prototypes(header).iter().any(|(_, declaration)| is_passed_sized(declaration))
+        || structs(header).iter().any(is_pointed_to_sized);
+    is_output.then_some(Growth::Output)
+}
+
+/// Whether a pointer to the struct stands in the list with its size behind it.
+fn is_with_its_size(declarations: &[&str], name: &str) -> bool {
+    declarations.windows(2).any(|pair| {
+        let output = pair[0].strip_prefix(&format!("struct {name} *"));
+        output.is_some_and(|output| pair[1] == format!("size_t {output}_size"))
+    })
 }
 
 /// The header as it would be if a struct had only its first `n` fields.
@@ -105,6 +117,16 @@ pub fn lengthened(header: &str, name: &str, field: &str) -> String {
             text.push_str(&format!("  {field}\n"));
         }
         text.push_str(&format!("{line}\n"));
+    })
+}
+
+/// The header as it would be if a struct's field of that number were declared so.
+pub fn redeclared(header: &str, name: &str, n: usize, declaration: &str) -> String {
+    let mut before = n;
+    edit_struct(header, name, |line, text| {
+        let is_it = is_field(line) && before == 0;
+        before = before.wrapping_sub(usize::from(is_field(line)));
+        text.push_str(&format!("{}\n", if is_it { declaration } else { line }));
     })
 }
 
@@ -168,6 +190,8 @@ mod tests {
         #define KVMPREP_ASSERT(x) x\n#define KVMPREP_ONE 1\n/* kvmprep_no(x) */\nstruct kvmprep_in {\n\
         \x20 /**\n   * Size.\n   */\n  uint32_t struct_size;\n  uint32_t b;\n};\n\
         struct kvmprep_out {\n  uint64_t a;\n  uint64_t b[2];\n};\nstruct kvmprep_fixed {\n  int a;\n};\n\
+        struct kvmprep_told {\n  int a;\n};\nstruct kvmprep_list {\n  struct kvmprep_told *told;\n\
+        \x20 size_t told_size;\n  struct kvmprep_fixed *f;\n  size_t n;\n};\n\
         typedef int (*kvmprep_fn)(int);\nint kvmprep_a(const struct kvmprep_in *in,\n\
         \x20             struct kvmprep_out *out, size_t out_size, struct kvmprep_fixed *f);\n\
         const char *kvmprep_b(void);\nKVMPREP_STATIC_ASSERT(sizeof(struct kvmprep_in) == 8);\n";
@@ -184,10 +208,12 @@ mod tests {
 
     #[test]
     fn what_may_grow_is_told_by_how_it_is_passed() {
-        assert_eq!(structs(HEADER), ["kvmprep_in", "kvmprep_out", "kvmprep_fixed"]);
+        let all = ["kvmprep_in", "kvmprep_out", "kvmprep_fixed", "kvmprep_told", "kvmprep_list"];
+        assert_eq!(structs(HEADER), all);
         assert_eq!(growth(HEADER, "kvmprep_in"), Some(Growth::Input));
         assert_eq!(growth(HEADER, "kvmprep_out"), Some(Growth::Output));
-        assert_eq!(growth(HEADER, "kvmprep_fixed"), None);
+        assert_eq!(growth(HEADER, "kvmprep_told"), Some(Growth::Output));
+        assert!(["kvmprep_fixed", "kvmprep_list"].iter().all(|name| growth(HEADER, name).is_none()));
     }
 
     #[test]
@@ -196,6 +222,9 @@ mod tests {
         assert_eq!(fields(&cut, "kvmprep_out"), ["  uint64_t a;"]);
         assert_eq!(lengthened(&cut, "kvmprep_out", "uint64_t b[2];"), HEADER);
         assert_eq!(fields(&cut, "kvmprep_in").len(), 2);
+        let other = redeclared(HEADER, "kvmprep_out", 1, "  uint32_t c[4];");
+        assert_eq!(fields(&other, "kvmprep_out"), ["  uint64_t a;", "  uint32_t c[4];"]);
+        assert_eq!(redeclared(&other, "kvmprep_out", 1, "  uint64_t b[2];"), HEADER);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Whether any program can include the header: every language standard and compiler, with every warning an error,
 //! alone and beside the kernel's own header, in either order.
 
-use super::header;
+use super::{header, promise};
 use crate::bed::{Bed, KernelHeaders, ResolveError};
 use crate::lanes::{Counts, Lane};
 use crate::project;
@@ -57,6 +57,8 @@ struct Beside {
 pub fn check(lane: &mut Lane, bed: &Bed) {
     let alone = Beside { name: "alone".into(), before: "", after: "", headers: None };
     check_beside(lane, &alone);
+    let before = "#define KVMPREP_EXPERIMENTAL\n";
+    check_beside(lane, &Beside { name: format!("with {}", promise::MACRO), before, ..alone });
     for name in KernelHeaders::NAMES {
         match bed.kernel_headers(name) {
             Ok(headers) => beside_kernel(lane, &headers),

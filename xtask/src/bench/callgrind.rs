@@ -1,4 +1,4 @@
-//! A benchmark of the library's, run for its time and under callgrind for its instructions.
+//! A benchmark of the library's, or the model's, run for its time and under callgrind for its instructions.
 //!
 //! The programs (`benches/*.rs`) print words and numbers in turn, which are read here. Nothing but the compiler changes
 //! what callgrind counts; C library code is counted with ours.
@@ -22,8 +22,12 @@ impl Program {
     /// Builds `benches/NAME.rs`.
     pub fn build(name: &str) -> Result<Self> {
         setup::require_packages(&["valgrind"])?;
-        let arguments =
-            ["bench", "--no-run", "--package", "kvmprep", "--bench", name, "--message-format=json"];
+        Self::build_in("kvmprep", name)
+    }
+
+    /// Builds `benches/NAME.rs` of another package, to be run for its time.
+    pub fn build_in(package: &str, name: &str) -> Result<Self> {
+        let arguments = ["bench", "--no-run", "--package", package, "--bench", name, "--message-format=json"];
         let said = project::run(project::cargo().args(arguments))?;
         let messages = said.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
         let mut executables =

@@ -9,10 +9,12 @@ mod callgrind;
 mod chart;
 mod chunk;
 mod host;
+mod mapping;
 mod memslots;
 mod ready;
 mod rows;
 mod samples;
+mod visibility;
 
 use crate::project;
 use anyhow::{Result, ensure};
@@ -46,6 +48,10 @@ pub enum Part {
     Chunk,
     /// Checking many memslots.
     Memslots,
+    /// The map of what is private.
+    Visibility,
+    /// How fast the model maps pages.
+    Mapping,
 }
 
 /// Measures, shows, writes, judges.
@@ -60,6 +66,13 @@ pub fn main(cli: Cli) -> Result<()> {
     if wants(Part::Memslots) {
         show("What checking a memslot costs", memslots::count()?, &mut rows);
         show("32764 memslots, checked and noted one by one", memslots::measure(cli.rounds)?, &mut rows);
+    }
+    if wants(Part::Visibility) {
+        show("What the map of private memory costs", visibility::count()?, &mut rows);
+        show("One conversion in a guest of 4 TiB", visibility::measure(cli.rounds)?, &mut rows);
+    }
+    if wants(Part::Mapping) {
+        show("Pages that the model maps, by one vCPU and by two", mapping::measure(cli.rounds)?, &mut rows);
     }
     if wants(Part::Host) {
         show("The host stage, on this machine", host::measure(cli.rounds)?, &mut rows);
@@ -82,10 +95,12 @@ fn show(title: &str, part: Vec<Row>, all: &mut Vec<Row>) {
     all.extend(part);
 }
 
-/// What counts, not times, must be: instructions and heap allocations of a chunk, and of checking memslots.
+/// What counts, not times, must be: instructions and heap allocations of a chunk, and of checking memslots; the size of the
+/// map of private memory.
 pub fn check_counts() -> Result<()> {
     let mut rows = chunk::measure()?;
     rows.extend(memslots::count()?);
+    rows.extend(visibility::count()?);
     judge(&rows)
 }
 

@@ -18,16 +18,22 @@ pub struct Row {
 
 /// The unit of what has none.
 pub const RATIO: &str = "";
+/// What a page takes in a map.
+pub const BITS: &str = "bits/page";
 
 /// What a row is held to.
 #[derive(Clone, Copy, Debug)]
 enum Bar {
     /// The ratio of two times.
     Ratio(f64),
-    /// Our own time, in milliseconds.
+    /// Our own time, in the row's unit.
     Time(f64),
     /// Our own count.
     Count(f64),
+    /// The ratio of two rates, of which more is better.
+    RatioOfRates(f64),
+    /// Our own rate.
+    Rate(f64),
 }
 
 /// The file of figures.
@@ -51,6 +57,11 @@ impl Row {
         }
     }
 
+    /// Two short times, in nanoseconds.
+    pub fn nanoseconds(id: impl Into<String>, ours: f64, theirs: f64) -> Self {
+        Self::counts(id, ours.round(), theirs.round(), "ns")
+    }
+
     /// Two counts.
     pub fn counts(id: impl Into<String>, ours: f64, theirs: f64, unit: &'static str) -> Self {
         let ratio = (theirs > 0.0).then(|| round(ours / theirs));
@@ -67,7 +78,7 @@ impl Row {
         Row { bar: Some(Bar::Ratio(most)), ..self }
     }
 
-    /// Holds our time to `most` milliseconds.
+    /// Holds our time to `most`, in the row's unit.
     pub fn time_at_most(self, most: f64) -> Self {
         Row { bar: Some(Bar::Time(most)), ..self }
     }
@@ -75,6 +86,16 @@ impl Row {
     /// Holds our count to `most`.
     pub fn count_at_most(self, most: f64) -> Self {
         Row { bar: Some(Bar::Count(most)), ..self }
+    }
+
+    /// Holds the ratio of its rates to `least`.
+    pub fn ratio_at_least(self, least: f64) -> Self {
+        Row { bar: Some(Bar::RatioOfRates(least)), ..self }
+    }
+
+    /// Holds our rate to `least`.
+    pub fn rate_at_least(self, least: f64) -> Self {
+        Row { bar: Some(Bar::Rate(least)), ..self }
     }
 
     /// The same under another name.
@@ -88,6 +109,8 @@ impl Row {
             None => false,
             Some(Bar::Ratio(most)) => self.ratio.is_none_or(|ratio| ratio > most),
             Some(Bar::Time(most) | Bar::Count(most)) => self.ours > most,
+            Some(Bar::RatioOfRates(least)) => self.ratio.is_none_or(|ratio| ratio < least),
+            Some(Bar::Rate(least)) => self.ours < least,
         }
     }
 
@@ -101,6 +124,7 @@ impl Row {
         match self.bar {
             None => String::new(),
             Some(Bar::Ratio(most) | Bar::Time(most) | Bar::Count(most)) => format!("bar {most}: {word}"),
+            Some(Bar::RatioOfRates(least) | Bar::Rate(least)) => format!("bar {least} or more: {word}"),
         }
     }
 }
@@ -110,9 +134,11 @@ pub fn worst(rows: &[Row]) -> Option<&Row> {
     rows.iter().max_by(|a, b| a.ratio.unwrap_or(0.0).total_cmp(&b.ratio.unwrap_or(0.0)))
 }
 
-/// To three decimals: more would be noise, in a file that people read too.
+/// To three decimals, or as many as leave three digits: more would be noise, in a file that people read too.
 fn round(value: f64) -> f64 {
-    (value * 1000.0).round() / 1000.0
+    let decimals = if value == 0.0 { 3.0 } else { (2.0 - value.abs().log10().floor()).max(3.0) };
+    let scale = 10f64.powf(decimals);
+    (value * scale).round() / scale
 }
 
 /// Rows for people.
@@ -121,7 +147,9 @@ pub fn table(rows: &[Row]) -> String {
     let mut text = format!("  {:width$} {:>10} {:>10} {:13} {:>6}\n", "", "ours", "theirs", "", "ratio");
     for row in rows {
         let theirs = row.theirs.map_or("-".into(), |theirs| number(theirs, row.unit));
-        let ratio = row.ratio.map_or("-".into(), |ratio| format!("{ratio:.2}"));
+        let ratio = row.ratio.map_or("-".into(), |ratio| {
+            if ratio < 0.01 { format!("{ratio:.0e}") } else { format!("{ratio:.2}") }
+        });
         let ours = number(row.ours, row.unit);
         let line = format!(
             "  {:width$} {ours:>10} {theirs:>10} {:13} {ratio:>6}  {}",
@@ -138,7 +166,7 @@ pub fn table(rows: &[Row]) -> String {
 fn number(value: f64, unit: &str) -> String {
     match unit {
         "ms" => format!("{value:.1}"),
-        RATIO => format!("{value:.3}"),
+        RATIO | BITS => format!("{value:.3}"),
         _ => format!("{value:.0}"),
     }
 }
@@ -163,9 +191,26 @@ mod tests {
     }
 
     #[test]
+    fn a_rate_is_held_to_its_bar_from_below_and_is_not_exact() {
+        let rate = |ours| Row::count("x", ours, "pages/s").rate_at_least(5e6);
+        assert!(rate(4.9e6).is_missed() && !rate(5e6).is_missed() && !rate(4.9e6).is_exact());
+        let scaling = |ours| Row::counts("x", ours, 1e6, "pages/s").ratio_at_least(1.7);
+        assert!(scaling(1.69e6).is_missed() && !scaling(1.7e6).is_missed());
+        assert!(table(&[scaling(1e6)]).contains("bar 1.7 or more: MISSED"));
+    }
+
+    #[test]
     fn a_bar_on_a_ratio_that_cannot_be_had_is_missed() {
         assert!(Row::counts("x", 0.0, 0.0, "faults").ratio_at_most(1.0).is_missed());
         assert!(!Row::counts("x", 0.0, 0.0, "faults").count_at_most(0.0).is_missed());
+    }
+
+    #[test]
+    fn a_small_ratio_is_not_rounded_to_its_bar() {
+        let ratio = |ours| Row::nanoseconds("x", ours, 1e6).ratio_at_most(0.001);
+        assert!(ratio(1010.0).is_missed() && !ratio(1000.0).is_missed());
+        assert_eq!(ratio(12.0).ratio, Some(0.000012));
+        assert!(table(&[ratio(12.0)]).contains(" 1e-5 "), "{}", table(&[ratio(12.0)]));
     }
 
     #[test]

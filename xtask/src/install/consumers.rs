@@ -133,6 +133,43 @@ pub fn check_without_archive(projects: &Path, prefix: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Builds and runs a test suite that preloads the installed model, and has only what was installed to find it by.
+pub fn check_with_model(lane: &mut Lane, places: &Places) {
+    let from = places.projects.join("model");
+    let (by_make, by_cmake) = (from.join("build"), from.join("build by cmake"));
+    lane.check("model: make check, by pkg-config", make(places, &from, &by_make, "check"));
+    lane.check(
+        "model: ctest, on two kernels",
+        find_package(places, &from, &by_cmake).and_then(|()| ctest(&by_cmake)),
+    );
+    lane.check(
+        "model: the same program without it",
+        skips_without_model(places, &by_make.join("bin/without_kvm")),
+    );
+}
+
+fn ctest(build: &Path) -> Result<()> {
+    let mut ctest = Command::new("ctest");
+    ctest.current_dir(build).args(["--output-on-failure", "--no-tests=error", "--timeout", "300"]);
+    project::run(&mut ctest).map(drop)
+}
+
+/// What the header declares is weak: a program that uses it runs where there is no model, and can tell.
+fn skips_without_model(places: &Places, program: &Path) -> Result<()> {
+    let (counts, said) = run(places, program)?;
+    let is_told = counts.skipped == 1 && said.contains("the model is not preloaded");
+    ensure!(is_told, "{said}");
+    Ok(())
+}
+
+/// Fails when the CMake package does not say what is missing where no model is installed.
+pub fn check_without_model(projects: &Path, prefix: &Path, build: &Path) -> Result<()> {
+    let refused = cmake(&projects.join("model"), build, &[&define("CMAKE_PREFIX_PATH", prefix)]);
+    let said = refused.err().context("the component model was found")?.to_string();
+    ensure!(said.contains("libkvmprep-model.so is not installed"), "{said}");
+    Ok(())
+}
+
 fn add_subdirectory(places: &Places, from: &Path, build: &Path) -> Result<()> {
     let inside = build.with_file_name("installed with it");
     let install = define("CMAKE_INSTALL_PREFIX", &inside);
@@ -158,11 +195,15 @@ fn cmake(from: &Path, build: &Path, options: &[&OsStr]) -> Result<()> {
 }
 
 fn pkg_config(places: &Places, from: &Path, build: &Path) -> Result<()> {
+    make(places, from, build, "all")
+}
+
+fn make(places: &Places, from: &Path, build: &Path, target: &str) -> Result<()> {
     let mut make = Command::new("make");
     make.env("PKG_CONFIG_PATH", places.prefix.join("lib/pkgconfig"));
     // make sees words where a path has a space, so it gets one that has none.
     let bin = build.join("bin");
-    make.current_dir(from).arg(format!("BIN={}", bin.strip_prefix(from)?.display()));
+    make.current_dir(from).arg(target).arg(format!("BIN={}", bin.strip_prefix(from)?.display()));
     project::run(&mut make).map(drop)
 }
 
@@ -187,7 +228,7 @@ fn has_library(program: &Path, has: Has) -> Result<()> {
 fn run(places: &Places, program: &Path) -> Result<(Counts, String)> {
     let libraries = places.prefix.join("lib");
     let mut command = Command::new("timeout");
-    command.args(["--kill-after=5", "60"]).arg(program).arg(libraries.join("libkvmprep.so.0"));
+    command.args(["--kill-after=5", "300"]).arg(program).arg(libraries.join("libkvmprep.so.0"));
     command.env("LD_LIBRARY_PATH", &libraries);
     let output = command.output().with_context(|| format!("cannot start {}", program.display()))?;
     let said =

@@ -3,6 +3,7 @@
 //! All is made anew below one directory and left there to be looked at.
 
 use super::consumers::{self, Places};
+use super::model;
 use super::packaged;
 use super::tree::{Entry, Tree};
 use crate::lanes::Lane;
@@ -18,7 +19,7 @@ const PREFIX: &str = "/opt/kvmprep";
 pub fn lane() -> Result<Lane> {
     setup::require_packages(&["binutils", "cmake", "gcc", "git", "libc6-dev", "make"])?;
     setup::require_packages(consumers::PACKAGES)?;
-    let mut lane = Lane::new("install", "");
+    let mut lane = Lane::new("install");
     let work = project::output()?.join("install");
     match Trees::make(&work) {
         Ok(trees) => judge(&mut lane, &trees, &work)?,
@@ -44,7 +45,7 @@ impl Trees {
         copy_of("", &source)?;
         let (by_cmake, by_xtask) = (work.join("by-cmake"), work.join("by-xtask"));
         install_by_cmake(&source, &by_cmake)?;
-        install_by_xtask(&by_xtask, PREFIX, "lib")?;
+        install_by_xtask(&by_xtask, PREFIX, "lib", &[])?;
         let moved = work.join("moved tree");
         std::fs::rename(beneath(&by_cmake, PREFIX), &moved).context("nothing was installed at the prefix")?;
         let version = project::version()?;
@@ -72,7 +73,19 @@ fn judge(lane: &mut Lane, trees: &Trees, work: &Path) -> Result<()> {
     let places = Places { projects, prefix: tree.prefix.clone(), source: trees.source.clone() };
     packaged::check(lane, tree, &places, &work.join("packaged"));
     consumers::check(lane, &places);
+    match with_model(work) {
+        Ok(with_model) => model::check(lane, tree, with_model, &places, &work.join("model")),
+        Err(error) => lane.check("installing the model", Err(error)),
+    }
     Ok(())
+}
+
+/// The library and its model, installed by the command itself and moved.
+fn with_model(work: &Path) -> Result<Tree> {
+    let (destdir, prefix) = (work.join("with-model"), work.join("moved tree with the model"));
+    install_by_xtask(&destdir, PREFIX, "lib", &["--model"])?;
+    std::fs::rename(beneath(&destdir, PREFIX), &prefix).context("nothing was installed at the prefix")?;
+    Ok(Tree { prefix, version: project::version()? })
 }
 
 /// As the README says it.
@@ -87,9 +100,9 @@ fn install_by_cmake(source: &Path, destdir: &Path) -> Result<()> {
 }
 
 /// By the command itself.
-fn install_by_xtask(destdir: &Path, prefix: &str, libdir: &str) -> Result<()> {
+fn install_by_xtask(destdir: &Path, prefix: &str, libdir: &str, more: &[&str]) -> Result<()> {
     let mut xtask = Command::new(std::env::current_exe()?);
-    xtask.args(["install", "--prefix", prefix, "--libdir", libdir, "--destdir"]).arg(destdir);
+    xtask.args(["install", "--prefix", prefix, "--libdir", libdir]).args(more).arg("--destdir").arg(destdir);
     project::run(&mut xtask).map(drop)
 }
 
@@ -111,7 +124,7 @@ fn same(one: &Tree, other: &Tree) -> Result<()> {
 
 fn other_libdir(work: &Path, libdir: &str) -> Result<()> {
     let destdir = work.join("other libdir");
-    install_by_xtask(&destdir, PREFIX, libdir)?;
+    install_by_xtask(&destdir, PREFIX, libdir, &[])?;
     let prefix = beneath(&destdir, PREFIX);
     let libdir = prefix.join(libdir);
     ensure!(libdir.join("libkvmprep.so.0").exists(), "no library in {}", libdir.display());
@@ -121,7 +134,7 @@ fn other_libdir(work: &Path, libdir: &str) -> Result<()> {
 /// There is nothing to be relative to: the paths must be those that were given.
 fn absolute_libdir(work: &Path) -> Result<()> {
     let destdir = work.join("absolute libdir");
-    install_by_xtask(&destdir, "/usr", "/lib64")?;
+    install_by_xtask(&destdir, "/usr", "/lib64", &[])?;
     let file = beneath(&destdir, "/lib64").join("pkgconfig/kvmprep.pc");
     let text = std::fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
     ensure!(text.contains("prefix=/usr\nlibdir=/lib64\nincludedir=${prefix}/include\n"), "{text}");

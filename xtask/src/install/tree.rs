@@ -16,6 +16,9 @@ const LARGEST: u64 = 1 << 20;
 /// The interface's first version.
 const FIRST_NODE: &str = "KVMPREP_0.1";
 
+/// What the manual has of the model, which is installed with that.
+pub const MODEL_PAGE: &str = "kvmprep_model.7";
+
 /// What a path in a tree leads to.
 #[derive(PartialEq)]
 pub enum Entry {
@@ -107,29 +110,15 @@ impl Tree {
 
     /// Fails when the shared library needs more than a C program has anyway.
     pub fn check_needed(&self) -> Result<()> {
-        let dynamic = readelf("--dynamic", &self.shared())?;
-        let needed: Vec<&str> = dynamic
-            .lines()
-            .filter(|line| line.contains("(NEEDED)"))
-            .filter_map(|line| line.split(['[', ']']).nth(1))
-            .collect();
-        println!("       needs {}", needed.join(", "));
-        ensure!(needed.contains(&"libc.so.6"), "it needs {needed:?}, which cannot be all");
-        let more: Vec<_> = needed.iter().filter(|name| !MAY_NEED.contains(name)).collect();
-        ensure!(more.is_empty(), "it needs {more:?} too");
-        Ok(())
+        check_needed(&self.shared())
     }
 
     /// Fails when the shared library can be unmapped, rewritten or executed where it should not.
     pub fn check_hardening(&self) -> Result<()> {
+        check_hardening(&self.shared())?;
         let dynamic = readelf("--dynamic", &self.shared())?;
         let flags = dynamic.lines().find(|line| line.contains("(FLAGS_1)")).context("no FLAGS_1")?;
-        ensure!(flags.contains("NODELETE") && flags.contains("NOW"), "not nodelete and now: {flags}");
-        ensure!(!dynamic.contains("(TEXTREL)"), "its code is relocated when loaded");
-        let segments = readelf("--segments", &self.shared())?;
-        ensure!(segments.contains("GNU_RELRO"), "no GNU_RELRO");
-        let stack = segments.lines().find(|line| line.contains("GNU_STACK")).context("no GNU_STACK")?;
-        ensure!(!stack.contains("RWE"), "it asks for an executable stack");
+        ensure!(flags.contains("NODELETE"), "not nodelete: {flags}");
         Ok(())
     }
 
@@ -145,14 +134,20 @@ impl Tree {
 
     /// Fails when pkg-config does not find the version and the directories where the tree is now.
     pub fn check_pkg_config(&self, libdir: &Path) -> Result<()> {
+        let include = self.prefix.join("include");
+        self.check_module("kvmprep", libdir, &[("libdir", libdir), ("includedir", &include)])
+    }
+
+    /// Fails when pkg-config does not say the version and, in these variables of a module, these paths.
+    pub fn check_module(&self, module: &str, libdir: &Path, variables: &[(&str, &Path)]) -> Result<()> {
         let ask = |what: &str| -> Result<String> {
             let mut command = Command::new("pkg-config");
-            command.env("PKG_CONFIG_PATH", libdir.join("pkgconfig")).args([what, "kvmprep"]);
+            command.env("PKG_CONFIG_PATH", libdir.join("pkgconfig")).args([what, module]);
             Ok(project::run(&mut command)?.trim().to_string())
         };
         let version = ask("--modversion")?;
         ensure!(version == self.version, "pkg-config says {version}, Cargo.toml {}", self.version);
-        for (variable, expected) in [("libdir", libdir), ("includedir", &self.prefix.join("include"))] {
+        for (variable, expected) in variables {
             let said = ask(&format!("--variable={variable}"))?;
             // Where the path has a space, it comes as a shell needs it.
             let said = PathBuf::from(said.replace("\\ ", " "));
@@ -164,6 +159,34 @@ impl Tree {
         }
         Ok(())
     }
+}
+
+/// Fails when a library needs more than a C program has anyway.
+pub fn check_needed(library: &Path) -> Result<()> {
+    let dynamic = readelf("--dynamic", library)?;
+    let needed: Vec<&str> = dynamic
+        .lines()
+        .filter(|line| line.contains("(NEEDED)"))
+        .filter_map(|line| line.split(['[', ']']).nth(1))
+        .collect();
+    println!("       needs {}", needed.join(", "));
+    ensure!(needed.contains(&"libc.so.6"), "it needs {needed:?}, which cannot be all");
+    let more: Vec<_> = needed.iter().filter(|name| !MAY_NEED.contains(name)).collect();
+    ensure!(more.is_empty(), "it needs {more:?} too");
+    Ok(())
+}
+
+/// Fails when a library can be rewritten or executed where it should not.
+pub fn check_hardening(library: &Path) -> Result<()> {
+    let dynamic = readelf("--dynamic", library)?;
+    let flags = dynamic.lines().find(|line| line.contains("(FLAGS_1)")).context("no FLAGS_1")?;
+    ensure!(flags.contains("NOW"), "not now: {flags}");
+    ensure!(!dynamic.contains("(TEXTREL)"), "its code is relocated when loaded");
+    let segments = readelf("--segments", library)?;
+    ensure!(segments.contains("GNU_RELRO"), "no GNU_RELRO");
+    let stack = segments.lines().find(|line| line.contains("GNU_STACK")).context("no GNU_STACK")?;
+    ensure!(!stack.contains("RWE"), "it asks for an executable stack");
+    Ok(())
 }
 
 /// All that is installed for a program to be built and run, and for its maker to read.
@@ -190,6 +213,9 @@ fn expected_files(version: &str, manual: &Path) -> Result<BTreeSet<PathBuf>> {
     files.insert(format!("lib/libkvmprep.so.{version}").into());
     for entry in std::fs::read_dir(manual).context("cannot list the manual")? {
         let page = PathBuf::from(entry?.file_name());
+        if page == Path::new(MODEL_PAGE) {
+            continue;
+        }
         let section = page.extension().context("a page without a section")?.to_string_lossy().into_owned();
         files.insert(Path::new("share/man").join(format!("man{section}")).join(page));
     }
@@ -213,7 +239,7 @@ fn collect(root: &Path, below: &Path, files: &mut BTreeMap<PathBuf, Entry>) -> R
 }
 
 /// The symbols that a library defines, but for the names of versions, which are absolute.
-fn symbols(library: &Path, which: &str) -> Result<BTreeSet<String>> {
+pub fn symbols(library: &Path, which: &str) -> Result<BTreeSet<String>> {
     let mut nm = Command::new("nm");
     let text = project::run(nm.args([which, "--defined-only", "--format=posix"]).arg(library))?;
     // An archive's members have a line each, above theirs.
@@ -221,14 +247,16 @@ fn symbols(library: &Path, which: &str) -> Result<BTreeSet<String>> {
     Ok(lines.filter_map(|line| line.split(' ').next()).map(str::to_owned).collect())
 }
 
-/// Whether it is `name@@KVMPREP_X.Y`, the default of its name.
+/// Whether it is `name@@KVMPREP_X.Y`, the default of its name, or in the node of what nobody is promised.
 fn has_version(symbol: &str) -> bool {
-    symbol.split_once("@@KVMPREP_").is_some_and(|(_, version)| {
+    let Some((_, node)) = symbol.split_once("@@") else { return false };
+    let is_version = |version: &str| {
         version.split('.').count() == 2 && version.split('.').all(|part| part.parse::<u32>().is_ok())
-    })
+    };
+    node == abi::promise::MACRO || node.strip_prefix("KVMPREP_").is_some_and(is_version)
 }
 
-fn readelf(what: &str, file: &Path) -> Result<String> {
+pub fn readelf(what: &str, file: &Path) -> Result<String> {
     project::run(Command::new("readelf").args([what, "--wide"]).arg(file))
 }
 
@@ -238,7 +266,7 @@ mod tests {
 
     #[test]
     fn a_version_is_a_default_one_of_two_numbers() {
-        assert!(has_version("kvmprep_a@@KVMPREP_0.1"));
+        assert!(has_version("kvmprep_a@@KVMPREP_0.1") && has_version("kvmprep_a@@KVMPREP_EXPERIMENTAL"));
         for bad in ["kvmprep_a", "kvmprep_a@KVMPREP_0.1", "kvmprep_a@@Base", "kvmprep_a@@KVMPREP_0"] {
             assert!(!has_version(bad), "{bad}");
         }

@@ -95,9 +95,10 @@ fn in_one_line(declaration: &str) -> String {
     squeezed(declaration) + ";"
 }
 
-/// The minor version of "Since kvmprep 0.2.", as `0.2`.
+/// The minor version of "Since kvmprep 0.2.", as `0.2`, wherever its line ends.
 fn since(comment: &str) -> Option<String> {
-    let (_, minor) = comment.split_once("kvmprep 0.")?;
+    let in_one_line = comment.replace("\n * ", " ");
+    let (_, minor) = in_one_line.split_once("kvmprep 0.")?;
     Some(format!("0.{}", minor.split(|c: char| !c.is_ascii_digit()).next().unwrap_or_default()))
 }
 
@@ -147,7 +148,7 @@ struct kvmprep_vm;\n\n/**\n * A range.\n */\nstruct kvmprep_range {\n  /** First
 \x20 uint64_t reserved[2];\n  const int *fds;\n};\n\
 typedef int (*kvmprep_fn)(const struct kvmprep_range *range);\n\
 extern \"C\" {\n/**\n * No error: -EPERM.\n */\nuint32_t kvmprep_a(void);\n\n\
-/**\n * Returns -EINVAL, or -E2BIG. Since kvmprep 0.12.\n */\nint kvmprep_b(int x,\n              int y);\n";
+/**\n * Returns -EINVAL, or -E2BIG. Since kvmprep\n * 0.12.\n */\nint kvmprep_b(int x,\n              int y);\n";
 
     #[test]
     fn finds_what_is_declared() {
