@@ -456,7 +456,7 @@ fn kind(has_pool: bool) -> impl Strategy<Value = Kind> {
         (any::<bool>(), 0..3u64)
             .prop_map(|(is_shared, first)| Kind::HugeMemfd { is_shared, first: first * HUGE }),
     ];
-    prop_oneof![6 => small, u32::from(has_pool) * 4 => huge]
+    if has_pool { prop_oneof![6 => small, 4 => huge].boxed() } else { small.boxed() }
 }
 
 fn advice() -> impl Strategy<Value = Advice> {
@@ -474,8 +474,7 @@ fn advice() -> impl Strategy<Value = Advice> {
 }
 
 fn operation(has_pool: bool) -> impl Strategy<Value = Operation> {
-    let huge = u32::from(has_pool);
-    prop_oneof![
+    let small = prop_oneof![
         6 => (range(), protection(), kind(has_pool)).prop_map(|((at, pages), protection, kind)| Map(at, pages, protection, kind)),
         1 => range().prop_map(|(at, pages)| Unmap(at, pages)),
         4 => (range(), protection()).prop_map(|((at, pages), protection)| Protect(at, pages, protection)),
@@ -484,11 +483,15 @@ fn operation(has_pool: bool) -> impl Strategy<Value = Operation> {
         10 => (page(), 1..1000u64).prop_map(|(page, word)| Write(page, word)),
         2 => range().prop_map(|(first, pages)| Punch(first, pages)),
         1 => (0..FILE_PAGES, 1..40u64).prop_map(|(first, pages)| Allocate(first, pages.min(FILE_PAGES - first))),
-        huge => range().prop_map(|(first, pages)| PunchHuge(first, pages)),
-        huge => (0..FILE_PAGES, 1..40u64).prop_map(|(first, pages)| AllocateHuge(first, pages.min(FILE_PAGES - first))),
         1 => Just(Fork),
         2 => Just(ChildExits),
-    ]
+    ];
+    let huge = prop_oneof![
+        range().prop_map(|(first, pages)| PunchHuge(first, pages)),
+        (0..FILE_PAGES, 1..40u64)
+            .prop_map(|(first, pages)| AllocateHuge(first, pages.min(FILE_PAGES - first))),
+    ];
+    if has_pool { prop_oneof![47 => small, 2 => huge].boxed() } else { small.boxed() }
 }
 
 /// Half of the programs begin with memory in which huge pages come, and are.
