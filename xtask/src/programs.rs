@@ -1,5 +1,5 @@
 //! Builds the C programs of `c-tests/` against the installed library, as a user's build would: the public header, the
-//! shared library, a C compiler with every warning an error.
+//! shared library, a C compiler with every warning an error. It also says how long one may run.
 
 use crate::install;
 use crate::project;
@@ -7,12 +7,30 @@ use crate::setup;
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 /// What every C program of ours is compiled with.
 pub const C_FLAGS: &[&str] = &["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-O2", "-g"];
 
 /// Whatever the distribution's own is: programs here are told where to look.
 const LIBDIR: &str = "lib";
+
+/// How long one program may take, booting included, before it counts as hanging. The longest, the comparison with the model,
+/// takes about a minute on a quiet machine; on one that is busy, many times that. A C test says by itself which of its cases
+/// hangs, before that.
+const TIMEOUT: Duration = Duration::from_secs(1800);
+
+/// [`TIMEOUT`], of a program that is to repeat itself `scale` times.
+pub fn timeout(scale: u32) -> Duration {
+    TIMEOUT * scale
+}
+
+/// `timeout`, to which the program is to be added that it ends where it hangs, on this machine.
+pub fn timed() -> Command {
+    let mut command = Command::new("timeout");
+    command.arg("--kill-after=5").arg(TIMEOUT.as_secs().to_string());
+    command
+}
 
 /// Where the software model's header is, whose functions a program has once the model is preloaded.
 pub fn model_headers() -> PathBuf {

@@ -65,9 +65,6 @@ fn is_for_all(program: &str) -> bool {
 const LONGEST: [&str; 5] = [UNIT_TESTS, "conversions", "hostile_guest", "conversion_faults", "slot_race"];
 const UNIT_TESTS: &str = "cargo test";
 
-/// How long a program may take. It says by itself which of its cases hangs, before that.
-pub const TIMEOUT_SECONDS: &str = "1800";
-
 /// `cargo xtask test --quick`.
 pub fn main(only: &[String]) -> Result<()> {
     let tests = Tests::build_c(only)?;
@@ -169,8 +166,8 @@ fn command(
 ) -> Command {
     let mut preload = std::ffi::OsString::from("LD_PRELOAD=");
     preload.push(model);
-    let mut command = Command::new("timeout");
-    command.args(["--kill-after=5", TIMEOUT_SECONDS, "env"]).arg(preload).arg(program);
+    let mut command = programs::timed();
+    command.arg("env").arg(preload).arg(program);
     command.env("LD_LIBRARY_PATH", libraries);
     command.env("KVMPREP_MODEL_KERNEL", personality.kernel);
     command.env("KVMPREP_MODEL_VM_TYPES", personality.vm_types);

@@ -24,7 +24,7 @@ use std::fmt::Debug;
 use std::ops::RangeBounds;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 #[derive(clap::Args)]
 pub struct Cli {
@@ -39,10 +39,6 @@ pub struct Cli {
     #[arg(long = "program", value_name = "NAME")]
     programs: Vec<String>,
 }
-
-/// How long one program may take in the bed, booting included, before it counts as hanging. The longest, the comparison with
-/// the model, takes about a minute on a quiet machine; on one that is busy, many times that.
-const PROGRAM_TIMEOUT: Duration = Duration::from_secs(1800);
 
 /// The kernels of the bed, with the backings that each must show without a fault: one that is skipped there by
 /// mistake would otherwise go unseen.
@@ -287,11 +283,8 @@ fn native_lane(tests: &Tests) -> Result<Lane> {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let mut lane = Lane::of_kernel("native", release.trim(), Kvm::Native);
     for (name, program) in tests.for_kvm().filter(|(name, _)| name != programs::DIFF_MODEL) {
-        let mut command = Command::new("timeout");
-        command
-            .args(["--kill-after=5", quick::TIMEOUT_SECONDS])
-            .arg(program)
-            .env("LD_LIBRARY_PATH", &tests.libraries);
+        let mut command = programs::timed();
+        command.arg(program).env("LD_LIBRARY_PATH", &tests.libraries);
         let output = command.output().with_context(|| format!("cannot start {name}"))?;
         add_program(&mut lane, name, output.status.code(), &String::from_utf8_lossy(&output.stdout), "");
     }
@@ -357,7 +350,7 @@ fn run_in_bed(
 ) -> Result<bed::Outcome> {
     let mut guest = Guest::new(["/test"]);
     guest.add(program, "/test", &[libraries])?;
-    guest.timeout = PROGRAM_TIMEOUT * scale;
+    guest.timeout = programs::timeout(scale);
     if name == programs::DIFF_MODEL {
         guest.cpus = programs::DIFF_MODEL_CPUS;
     }
