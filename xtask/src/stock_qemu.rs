@@ -4,9 +4,9 @@
 //! model refuses: it executes no guest. Everything before that must have been answered, but for what is on a list here, by name. It
 //! says nothing of what a guest would have met.
 
+use crate::bed::{Bed, ResolveError};
 use crate::lanes::Lane;
 use crate::project;
-use crate::setup;
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
@@ -15,7 +15,6 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
-const PACKAGE: &str = "qemu-system-x86";
 /// It comes to its first KVM_RUN in about a second, on a quiet machine.
 const TIMEOUT: Duration = Duration::from_secs(300);
 /// What QEMU says when it has stopped.
@@ -50,21 +49,26 @@ const MACHINES: [Machine; 4] = [
 ];
 
 /// All machines with a model that was built.
-pub fn lane(model: &Path) -> Result<Lane> {
+pub fn lane(bed: &Bed, model: &Path) -> Lane {
     const NAME: &str = "model-qemu";
-    if let Err(why) = setup::require_packages(&[PACKAGE]) {
-        return Ok(Lane::skipped(NAME, &format!("{why:#}")));
-    }
     let mut lane = Lane::new(NAME);
     for machine in &MACHINES {
-        lane.check(machine.name, machine.goes_to_its_first_run(model));
+        let qemu = match bed.qemu_preloading(model) {
+            Ok(qemu) => qemu,
+            Err(ResolveError::Unavailable(why)) => return Lane::skipped(NAME, &why),
+            Err(ResolveError::Failed(error)) => {
+                lane.check("QEMU", Err(error));
+                break;
+            }
+        };
+        lane.check(machine.name, machine.goes_to_its_first_run(qemu));
     }
-    Ok(lane)
+    lane
 }
 
 impl Machine {
-    fn goes_to_its_first_run(&self, model: &Path) -> Result<()> {
-        let said = said_until_stopped(self.command(model))?;
+    fn goes_to_its_first_run(&self, qemu: Command) -> Result<()> {
+        let said = said_until_stopped(self.started_by(qemu))?;
         let requests: Vec<Request> = said.iter().filter_map(|line| Request::of(line)).collect();
         let set = requests.iter().filter(|request| request.name.starts_with("KVM_SET_USER_MEMORY_REGION"));
         ensure!(
@@ -91,19 +95,17 @@ impl Machine {
         Ok(())
     }
 
-    fn command(&self, model: &Path) -> Command {
-        let mut command = Command::new("qemu-system-x86_64");
-        // The model has no interrupt controllers, so QEMU has its own.
-        command
-            .args(["-accel", "kvm,kernel-irqchip=off", "-display", "none", "-nodefaults"])
-            .args(self.arguments);
-        command.env("LD_PRELOAD", model).env("KVMPREP_MODEL_VERBOSE", "1");
-        command
+    fn started_by(&self, mut qemu: Command) -> Command {
+        // The model has no interrupt controllers, and QEMU none of its own for a vCPU of KVM's.
+        qemu.args(["-accel", "kvm,kernel-irqchip=off", "-cpu", "qemu64,apic=off"])
+            .args(["-display", "none", "-nodefaults"])
+            .args(self.arguments)
+            .env("KVMPREP_MODEL_VERBOSE", "1")
             .current_dir(project::root())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
-        command
+        qemu
     }
 }
 

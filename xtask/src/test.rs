@@ -66,7 +66,7 @@ pub fn main(cli: Cli) -> Result<()> {
         lanes.extend(quick::lanes(&tests)?);
     }
     if wants("model-qemu") {
-        lanes.push(stock_qemu::lane(&quick::build_model()?)?);
+        lanes.push(stock_qemu::lane(&bed, &quick::build_model()?));
     }
     if wants("native") {
         lanes.push(native_lane(&tests)?);

@@ -36,6 +36,7 @@ mod vmm;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::OnceLock;
 
 use anyhow::Result;
@@ -129,6 +130,11 @@ impl Bed {
     /// Makes a kernel's C headers ready, likewise; `name` is one of [`KernelHeaders::NAMES`].
     pub fn kernel_headers(&self, name: &str) -> Result<KernelHeaders, ResolveError> {
         Ok(KernelHeaders::obtain(name, &self.cache, || self.apt())?)
+    }
+
+    /// The distribution's QEMU as it runs the bed, unchanged, with `library` preloaded; fetched likewise.
+    pub fn qemu_preloading(&self, library: &Path) -> Result<Command, ResolveError> {
+        Ok(self.qemu()?.command_preloading(library))
     }
 
     fn qemu(&self) -> Result<&Qemu> {

@@ -4,6 +4,7 @@
 //! unpacked, with every library it needs and its own loader, and runs beside whatever the machine has. It
 //! must never be installed, and never run with the machine's libraries.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -66,10 +67,20 @@ impl Qemu {
 
     /// A command that runs it; arguments are the caller's.
     pub fn command(&self) -> Command {
+        self.command_with_loader(&[])
+    }
+
+    /// The same, with a shared library before its own: of this machine's make, so its C library must not be newer than QEMU's.
+    pub fn command_preloading(&self, library: &Path) -> Command {
+        self.command_with_loader(&["--preload".as_ref(), library.as_os_str()])
+    }
+
+    fn command_with_loader(&self, options: &[&OsStr]) -> Command {
         // Should we be killed before we can end it, it goes as well: a hanging guest would run for ever.
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL"]).arg(self.dir.join("lib/ld.so"));
-        command.arg("--library-path").arg(self.dir.join("lib")).arg(self.dir.join("qemu-system-x86_64"));
+        command.args(options).arg("--library-path").arg(self.dir.join("lib"));
+        command.arg(self.dir.join("qemu-system-x86_64"));
         command.arg("-L").arg(self.firmware());
         // Modules of another build must not be found.
         command
