@@ -10,6 +10,7 @@
 #include "support/converting.h"
 #include "support/guest.h"
 #include "support/host.h"
+#include "support/policy.h"
 #include <inttypes.h>
 #include <pthread.h>
 #include <sys/mman.h>
@@ -164,6 +165,7 @@ static void hugetlb_shared(void) {
 
 /* One 4K page of each huge page: what is lost is all that lies beside them. */
 static void one_page_of_each_huge_page(void) {
+    need_huge_pages_on_advice();
     const uint64_t size = 64 * MIB, frames = size / HUGE_PAGE;
     uint64_t faults[2], neighbours = 0;
     for (int has_prefault = 0; has_prefault < 2; has_prefault++) {

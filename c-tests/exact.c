@@ -9,6 +9,7 @@
 #define _GNU_SOURCE
 #include "support/check.h"
 #include "support/host.h"
+#include "support/policy.h"
 #include "support/setting.h"
 #include <errno.h>
 #include <sys/mman.h>
@@ -71,6 +72,7 @@ static void check_exact(struct setting *s, struct kvmprep_range range) {
 
 /* What it is for: one page asked for, and KVM maps the huge page around it. */
 static void without_it_kvm_maps_more(void) {
+    need_huge_pages_on_advice();
     struct setting s = setting_make_with_stage2(ANON_THP, SIZE);
     struct kvmprep_range page = part_of(FRAME + PAGE, PAGE);
     const uint64_t before = mapped(&s);

@@ -9,6 +9,7 @@
 #include "support/check.h"
 #include "support/guest.h"
 #include "support/host.h"
+#include "support/policy.h"
 #include "support/setting.h"
 #include <errno.h>
 #include <fcntl.h>
@@ -210,11 +211,9 @@ static void a_mapping_that_cannot_be_written(void) {
 /* ---- Odd shapes ---- */
 
 static void huge_pages_on_advice(void) {
+    need_huge_pages_on_advice();
     struct setting s = setting_make_with_stage2(ANON_4K, SIZE);
     struct kvmprep_populate_result result;
-    const char *why;
-    if (!kind_is_had(&s.vm, ANON_THP, &why))
-        check_skipped("%s", why);
     CHECK_OK(populate(&s, range_of(MEMORY_GPA, SIZE), 0, &result), s.err);
     CHECK_EQ(result.pages_known, 1);
     CHECK_EQ(result.pages_4k, PAGES);

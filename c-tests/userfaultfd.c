@@ -13,6 +13,7 @@
 #include "support/check.h"
 #include "support/guest.h"
 #include "support/host.h"
+#include "support/policy.h"
 #include "support/setting.h"
 #include <errno.h>
 #include <fcntl.h>
@@ -196,6 +197,7 @@ static void anonymous_memory(void) {
 }
 
 static void huge_anonymous_memory(void) {
+    need_huge_pages_on_advice();
     every_other_page(ANON_THP, 4 * HUGE_PAGE, HUGE_PAGE);
 }
 

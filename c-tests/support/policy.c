@@ -2,6 +2,7 @@
 /* See policy.h. */
 #define _GNU_SOURCE
 #include "policy.h"
+#include "check.h"
 #include "host.h"
 #include <stdio.h>
 #include <string.h>
@@ -91,4 +92,12 @@ void policy_restore(void) {
     for (enum setting setting = 0; setting < SETTINGS; setting++)
         if (found[setting][0] != 0)
             write_setting(setting, found[setting]);
+}
+
+void need_huge_pages_on_advice(void) {
+    char chosen[sizeof(found[0])] = "never";
+    if (!read_setting(ENABLED_2M, chosen, sizeof(chosen)) || strcmp(chosen, "inherit") == 0)
+        read_setting(ENABLED, chosen, sizeof(chosen));
+    if (strcmp(chosen, "never") == 0 || prctl(PR_GET_THP_DISABLE, 0L, 0L, 0L, 0L) > 0)
+        check_skipped("no transparent huge pages: they are turned off, here or everywhere");
 }

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * How this system hands out transparent huge pages: set for a test, put back at its end.
+ * How this system hands out transparent huge pages: looked at, or set for a test and put back at its end.
  *
  * The settings are the whole machine's, so a test changes them only while it runs, and only where it can:
  * without the right to, or where the kernel lacks a setting, a policy cannot be had, and the test does
@@ -29,5 +29,8 @@ const char *policy_name(enum policy policy);
 bool policy_set(enum policy policy);
 /* Puts everything back as it was found; may be called at any time. */
 void policy_restore(void);
+
+/* Skips the case where anonymous memory gets no huge pages even where it is advised to have them. */
+void need_huge_pages_on_advice(void);
 
 #endif
