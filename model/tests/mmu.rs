@@ -4,7 +4,7 @@
 
 use kvmprep_model::mmu::{
     AccessKind, Calls, DirtyLog, ExternalError, ExternalTable, FastFault, MapResult, Mapping, Mirroring, Mmu,
-    PlainCopy, Role, Root, RootFilter, Settings, Spte, Violation, Walk,
+    NoMemory, PlainCopy, Role, Root, RootFilter, Settings, Spte, Violation, Walk,
     invariants::{self, Dump},
 };
 use kvmprep_model::units::{Gfn, GfnRange, Level, Pfn};
@@ -61,6 +61,12 @@ impl Direct {
 
     fn map(&self, mapping: Mapping<'_>) -> MapResult {
         let result = self.mmu.lock_shared().map(&self.root, &mapping);
+        self.check();
+        result
+    }
+
+    fn map_mmio(&self, page: NoMemory) -> MapResult {
+        let result = self.mmu.lock_shared().map_mmio(&self.root, &page);
         self.check();
         result
     }
@@ -164,6 +170,31 @@ fn older_kernels_make_the_leaf_anew() {
     assert!(!direct.walk(5).0.is_dirty());
 }
 
+/// A vCPU that has seen no slot comes late: another has seen the new one, and has mapped the page.
+#[test]
+fn memory_that_another_has_mapped_is_not_taken_for_none() {
+    let page = |kind, is_prefetch| NoMemory { gfn: Gfn(5), generation: 7, kind, is_prefetch };
+    let read_only = Mapping { is_writable: false, ..prefetch(5, 1005, SMALL) };
+    let is_mmio = Err(Violation::Mmio { generation: 7 });
+
+    let direct = Direct::new();
+    assert_eq!(direct.map(read_only), Fixed);
+    assert_eq!(direct.map_mmio(page(Read, true)), Spurious);
+    assert_eq!(direct.map_mmio(page(Read, false)), Spurious);
+    assert_eq!(direct.access(5, Read), Ok((1005, false)));
+    // What it does not allow was not wanted by a pre-fault.
+    assert_eq!(direct.map_mmio(page(Write, false)), Fixed);
+    assert_eq!(direct.access(5, Read), is_mmio);
+    assert_eq!(direct.mmu.page_counts(), [0, 0, 0]);
+
+    let older = Direct::with(Settings { keeps_present_leafs: false }, role(Mirroring::Direct));
+    assert_eq!(older.map(prefetch(N, N, HUGE)), Fixed);
+    assert_eq!(older.map_mmio(NoMemory { gfn: Gfn(N + 1), ..page(Read, true) }), Fixed);
+    assert_eq!(older.access(N + 1, Read), is_mmio);
+    assert_eq!(older.access(N + 2, Read), Ok((N + 2, false)));
+    assert_eq!(older.mmu.page_counts(), [N - 1, 0, 0]);
+}
+
 #[test]
 fn a_huge_page_is_split_for_a_small_one_and_put_in_place_of_small_ones() {
     let direct = Direct::new();
@@ -203,10 +234,8 @@ fn a_huge_page_across_an_edge_goes_as_a_whole_and_tables_stay() {
 fn that_there_is_no_memory_is_remembered_with_its_generation() {
     let direct = Direct::new();
     for generation in [0, 5, 0x3ffff] {
-        let shared = direct.mmu.lock_shared();
-        assert_eq!(shared.map_mmio(&direct.root, Gfn(5), generation), Fixed);
-        assert_eq!(shared.map_mmio(&direct.root, Gfn(5), generation), Spurious);
-        drop(shared);
+        let page = NoMemory { gfn: Gfn(5), generation, kind: Read, is_prefetch: false };
+        assert_eq!([(); 2].map(|()| direct.map_mmio(page)), [Fixed, Fixed]);
         assert_eq!(direct.access(5, Read), Err(Violation::Mmio { generation }));
     }
     assert_eq!(direct.mmu.page_counts(), [0; 3]);

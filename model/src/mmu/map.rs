@@ -36,6 +36,19 @@ pub struct Mapping<'a> {
     pub dirty_log: Option<&'a dyn DirtyLog>,
 }
 
+/// A page where a fault has found no memslot.
+#[derive(Clone, Copy)]
+pub struct NoMemory {
+    /// Where.
+    pub gfn: Gfn,
+    /// Of the memslots that were looked at.
+    pub generation: u64,
+    /// What the guest wants to do. A pre-fault reads.
+    pub kind: AccessKind,
+    /// Whether nobody accesses it yet.
+    pub is_prefetch: bool,
+}
+
 /// What came of it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum MapResult {
@@ -62,10 +75,9 @@ impl Shared<'_> {
                 return self
                     .bug(|| format!("{:?} is mapped to {:?}, not to {frame:?}", target.gfn, target.old));
             }
-            let suffices = mapping.is_prefetch || target.old.allows(mapping.kind);
-            if self.mmu().settings.keeps_present_leafs && suffices {
-                return MapResult::Spurious;
-            }
+        }
+        if self.keeps(&target, mapping.kind, mapping.is_prefetch) {
+            return MapResult::Spurious;
         }
         let new = self.make_leaf(root, &target, mapping);
         if new.is_writable() {
@@ -79,17 +91,27 @@ impl Shared<'_> {
         self.install(root, &target, new)
     }
 
-    /// Notes that there is no memory at this frame, as of this generation of memslots.
-    pub fn map_mmio(&self, root: &Root, gfn: Gfn, generation: u64) -> MapResult {
-        let target = match self.descend(root, gfn, Level::SMALL) {
+    /// Notes that there is no memory at a frame, as of some memslots. It is spurious where the frame is mapped nevertheless.
+    ///
+    /// For it can be: another vCPU has seen the next memslots already, and nobody asks here whether these are outdated. (Kernels
+    /// that keep the page then warn, as it is not the frame of theirs.)
+    pub fn map_mmio(&self, root: &Root, page: &NoMemory) -> MapResult {
+        let target = match self.descend(root, page.gfn, Level::SMALL) {
             Ok(target) => target,
             Err(result) => return result,
         };
-        if target.is_leaf() {
-            return self.bug(|| format!("{gfn:?} has no memory, but is mapped to {:?}", target.old));
+        if self.keeps(&target, page.kind, page.is_prefetch) {
+            return MapResult::Spurious;
         }
-        let new = Spte::mmio(gfn, generation);
-        if new == target.old { MapResult::Spurious } else { self.install(root, &target, new) }
+        let new = Spte::mmio(page.gfn, page.generation);
+        if new == target.old { MapResult::Fixed } else { self.install(root, &target, new) }
+    }
+
+    /// Whether what is mapped is all that is wanted, and is left alone.
+    fn keeps(&self, target: &Entry<'_>, kind: AccessKind, is_prefetch: bool) -> bool {
+        self.mmu().settings.keeps_present_leafs
+            && target.is_leaf()
+            && (is_prefetch || target.old.allows(kind))
     }
 
     /// The leaf that a mapping asks for.

@@ -33,7 +33,7 @@ pub use external::{Change, Contents, ExternalError, ExternalTable, Request};
 pub use hardware::{FastFault, Translation, Violation};
 pub use invalidation::InvalidationSnapshot;
 pub use lock::{Exclusive, Held, Shared};
-pub use map::{DirtyLog, MapResult, Mapping};
+pub use map::{DirtyLog, MapResult, Mapping, NoMemory};
 pub use plain_copy::{Calls, PlainCopy};
 pub use spte::{AccessKind, Spte};
 pub use table::TableId;

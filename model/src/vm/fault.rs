@@ -10,7 +10,9 @@ use crate::errno::{Errno, Result};
 use crate::host::FollowError;
 use crate::memslot::{Memslot, Memslots};
 use crate::mistake::{Mistake, mistaken};
-use crate::mmu::{AccessKind, DirtyLog, FastFault, InvalidationSnapshot, MapResult, Mapping, Root, Shared};
+use crate::mmu::{
+    AccessKind, DirtyLog, FastFault, InvalidationSnapshot, MapResult, Mapping, NoMemory, Root, Shared,
+};
 use crate::units::{Gfn, Level, PAGE_SIZE, Pfn, Privacy};
 use std::sync::Arc;
 
@@ -234,8 +236,14 @@ impl Vcpu {
         if root.is_invalid() {
             return Ok(Outcome::Retry);
         }
-        match lock.map_mmio(root, fault.gfn, vm.slots.generation(vm.as_id_of(root))) {
-            MapResult::Fixed | MapResult::Spurious => {
+        let page = NoMemory {
+            gfn: fault.gfn,
+            generation: vm.slots.generation(vm.as_id_of(root)),
+            kind: fault.kind,
+            is_prefetch: fault.is_prefetch,
+        };
+        match lock.map_mmio(root, &page) {
+            MapResult::Fixed => {
                 self.counters.pf_mmio_spte_created.count();
                 Ok(Outcome::Emulate)
             }
