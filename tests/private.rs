@@ -952,3 +952,41 @@ fn conversions_that_race_take_turns() {
     }
     assert_eq!(private, guest.recorded());
 }
+
+/// The put-back of a page that its VMM wished to keep: the wish must outlive it.
+#[test]
+fn hunt_the_wish_to_keep_outlives_a_change_that_is_put_back() {
+    let guest = Guest::new();
+    let listener = guest.listener();
+    let (part, rest) = (POOL.pages(0..100), POOL.pages(100..512));
+    let keep = ConvertOptions { keep_shared: true, ..plain_options(&listener) };
+    guest.convert_with(part, Private, &keep).unwrap();
+    guest.kernel.fail(Changed, 0, libc::EBUSY);
+    refused(guest.convert(part, Shared));
+    assert_eq!(private_runs(&guest), [part], "it was put back");
+    guest.did();
+    let done = guest.convert(rest, Private).unwrap().done;
+    let gone: Vec<_> = guest.did().into_iter().filter(|did| did.0 == Remove).collect();
+    assert_eq!(gone, [], "the kept part is not given up");
+    assert_eq!((done.dropped, done.kept), (0, rest.size()));
+}
+
+#[test]
+fn hunt_what_a_call_without_drop_left_is_not_given_up_beside_it() {
+    for keep_shared in [true, false] {
+        let guest = Guest::new();
+        let listener = guest.listener();
+        let (part, rest) = (POOL.pages(0..100), POOL.pages(100..512));
+        let no_drop = ConvertOptions {
+            steps: Steps { attributes: true, drop: false },
+            keep_shared,
+            ..plain_options(&listener)
+        };
+        guest.convert_with(part, Private, &no_drop).unwrap();
+        guest.did();
+        let done = guest.convert(rest, Private).unwrap().done;
+        let gone: Vec<_> = guest.did().into_iter().filter(|did| did.0 == Remove).collect();
+        assert_eq!(gone, [], "that is for the VMM alone to give up; keep_shared: {keep_shared}");
+        assert_eq!((done.dropped, done.kept), (0, rest.size()));
+    }
+}

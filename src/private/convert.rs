@@ -130,6 +130,9 @@ fn convert_piece(
         let given = guest.drop_side(piece, to.other())?;
         done.dropped += given.up + given.late;
         done.kept = (done.kept + given.kept).saturating_sub(given.late);
+    } else if to == Visibility::Private {
+        // It is for the VMM alone to give up, and does not go with a huge page either.
+        map.set_kept(piece, true);
     }
     map.finish(piece);
     Ok(())

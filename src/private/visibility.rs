@@ -81,15 +81,20 @@ impl VisibilityMap {
         let mut state = self.state();
         state.is_told = true;
         state.unfinished.set(range, !is_finished);
-        if visibility == Visibility::Shared {
+        // Not before it is finished: what is put back is kept again.
+        if visibility == Visibility::Shared && is_finished {
             state.kept.set(range, false);
         }
         state.private.set(range, visibility == Visibility::Private)
     }
 
-    /// The conversion of `range` is finished.
+    /// The conversion of `range`, which is of one kind, is finished.
     pub fn finish(&self, range: Range) {
-        self.state().unfinished.set(range, false);
+        let mut state = self.state();
+        state.unfinished.set(range, false);
+        if !state.private.holds(range.start) {
+            state.kept.set(range, false);
+        }
     }
 
     /// Whether a conversion of any of `range` was left unfinished.
@@ -97,9 +102,9 @@ impl VisibilityMap {
         self.state().unfinished.first(range, true).is_some()
     }
 
-    /// The shared side of `range`, which is private now, was kept as its VMM wished.
-    pub fn keep(&self, range: Range) {
-        self.state().kept.set(range, true);
+    /// The shared side of `range`, which is private now, is kept as its VMM wishes, or is not.
+    pub fn set_kept(&self, range: Range, is_kept: bool) {
+        self.state().kept.set(range, is_kept);
     }
 
     /// Whether all of `page` is out of sight as shared memory, and nothing of it beside `piece` is to stay: because its

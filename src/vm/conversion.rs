@@ -416,8 +416,8 @@ impl Guest for OnVm<'_> {
             parts(&self.site.slots, piece).filter(|(_, placed)| placed.slot.has_guest_memfd())
         {
             let is_shared = out_of_sight == Visibility::Shared;
-            if is_shared && self.options.keep_shared {
-                self.vm.visibility.keep(part);
+            if is_shared {
+                self.vm.visibility.set_kept(part, self.options.keep_shared);
             }
             // Whose memory is registered with userfaultfd would wait for its handler, with the turn.
             if is_shared && (self.options.keep_shared || placed.slot.nature.userfaultfd) {
