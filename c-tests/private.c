@@ -12,6 +12,8 @@
 #include "support/setting.h"
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -550,6 +552,91 @@ static void mapped_file_has_one_side(void) {
     vm_end(&vm);
 }
 
+/* A slot of a guest_memfd that can be mapped, told of by a thread that is short of something. */
+struct telling {
+    struct kvmprep_vm *handle;
+    struct kvmprep_memslot slot;
+    const char *empty_directory; /* that is all it sees, or NULL: it has no more address space */
+    struct kvmprep_error err;
+    int result;
+    bool is_short;
+};
+
+static void *tell_while_short(void *argument) {
+    struct telling *t = argument;
+    struct rlimit before, none;
+    if (t->empty_directory != NULL) {
+        t->is_short = unshare(CLONE_FS) == 0 && chroot(t->empty_directory) == 0;
+        if (t->is_short)
+            t->result = kvmprep_memslot_set(t->handle, &t->slot, &t->err);
+        return NULL;
+    }
+    t->is_short = getrlimit(RLIMIT_AS, &before) == 0;
+    none = before;
+    none.rlim_cur = PAGE;
+    t->is_short = t->is_short && setrlimit(RLIMIT_AS, &none) == 0;
+    if (t->is_short) {
+        t->result = kvmprep_memslot_note(t->handle, &t->slot, &t->err);
+        setrlimit(RLIMIT_AS, &before);
+    }
+    return NULL;
+}
+
+/*
+ * Nor is anything given up where it could not be seen, when the slot was told of, that the file can be mapped:
+ * by a thread without /proc, or in a process that can map nothing more.
+ */
+static void mapped_file_has_one_side_though_it_was_not_seen(void) {
+    char directory[] = P_tmpdir "/kvmprep-test-XXXXXX";
+    CHECK(mkdtemp(directory) != NULL);
+    for (int i = 0; i < 2; i++) {
+        struct vm vm = vm_make_private();
+        if (!(extension(&vm, KVM_CAP_GUEST_MEMFD_FLAGS) & KVMPREP_GMEM_MMAP)) {
+            rmdir(directory);
+            check_skipped("this kernel's guest_memfd cannot be mapped: needs Linux 6.18");
+        }
+        struct telling t = {.handle = handle_of(&vm, 0), .empty_directory = i == 0 ? directory : NULL};
+        struct kvmprep_range part = part_of(FRAME + PAGE, FRAME);
+        struct kvmprep_convert_opts opts = KVMPREP_CONVERT_OPTS_INIT;
+        struct kvmprep_convert_result result;
+        pthread_t thread;
+        int file = kvmprep_gmem_create(vm.fd, SIZE, KVMPREP_GMEM_MMAP, &t.err);
+        CHECK_OK(file, t.err);
+        void *mapping = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+        CHECK(mapping != MAP_FAILED);
+        t.slot = (struct kvmprep_memslot)KVMPREP_MEMSLOT_INIT;
+        t.slot.slot = MEMORY_SLOT;
+        t.slot.flags = KVM_MEM_GUEST_MEMFD;
+        t.slot.gpa = MEMORY_GPA;
+        t.slot.size = SIZE;
+        t.slot.hva = (uintptr_t)mapping;
+        t.slot.guest_memfd = file;
+        if (i == 1)
+            CHECK_OK(kvmprep_memslot_set(t.handle, &t.slot, &t.err), t.err);
+        CHECK_EQ(pthread_create(&thread, NULL, tell_while_short, &t), 0);
+        pthread_join(thread, NULL);
+        if (!t.is_short) {
+            rmdir(directory);
+            check_skipped("this user may not hide /proc from a thread (chroot)");
+        }
+        CHECK_OK(t.result, t.err);
+        opts.result = &result;
+        opts.result_size = sizeof(result);
+        for (uint32_t to = KVMPREP_PRIVATE, n = 0; n < 2; n++, to = KVMPREP_SHARED) {
+            CHECK_OK(kvmprep_convert(t.handle, &part, to, &opts, &t.err), t.err);
+            printf("  %s: to %u, dropped %llu\n", i == 0 ? "no /proc" : "no address space", to,
+                   (unsigned long long)result.dropped);
+            CHECK_EQ(result.converted, part.size);
+            CHECK_EQ(result.dropped, 0);
+        }
+        munmap(mapping, SIZE);
+        close(file);
+        CHECK_EQ(kvmprep_vm_free(t.handle), 0);
+        vm_end(&vm);
+    }
+    rmdir(directory);
+}
+
 /* ---- The initial image ---- */
 
 /* Each page once, and only what is private and has a guest_memfd; all of a range, or nothing. */
@@ -660,6 +747,7 @@ int main(int argc, char **argv) {
         {"conversion_drops_coverage", conversion_drops_coverage},
         {"not_all_can_be_private", not_all_can_be_private},
         {"mapped_file_has_one_side", mapped_file_has_one_side},
+        {"mapped_file_has_one_side_though_it_was_not_seen", mapped_file_has_one_side_though_it_was_not_seen},
         {"claims", claims},
         {"populate_before_the_seal", populate_before_the_seal},
     };

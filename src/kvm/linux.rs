@@ -466,15 +466,22 @@ impl Kernel for Linux {
     }
 
     fn can_map_guest_memfd(&self, fd: RawFd) -> bool {
-        if self.is_guest_memfd(fd) != Some(true) {
+        // Where /proc is out of reach nobody has said that it is none.
+        if self.is_guest_memfd(fd) == Some(false) {
             return false;
         }
         // SAFETY: a fresh mapping without access, at an address of the kernel's choice, that is taken away at once.
-        unsafe {
-            let page =
-                libc::mmap(std::ptr::null_mut(), PAGE as usize, libc::PROT_NONE, libc::MAP_SHARED, fd, 0);
-            page != libc::MAP_FAILED && libc::munmap(page, PAGE as usize) == 0
+        let page = unsafe {
+            libc::mmap(std::ptr::null_mut(), PAGE as usize, libc::PROT_NONE, libc::MAP_SHARED, fd, 0)
+        };
+        if page == libc::MAP_FAILED {
+            // Any other answer is this process's shortage and not the file's. Who takes a file that can be mapped for one that
+            // cannot, gives up what the guest has in sight; who errs the other way keeps memory.
+            return !matches!(last_errno().0, libc::ENODEV | libc::EBADF | libc::EINVAL | libc::EACCES);
         }
+        // SAFETY: what was just mapped.
+        unsafe { libc::munmap(page, PAGE as usize) };
+        true
     }
 
     fn user_addresses_end(&self) -> u64 {

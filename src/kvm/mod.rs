@@ -302,7 +302,8 @@ pub trait Kernel: Send + Sync {
     fn huge_pages_disabled(&self) -> HugePagesDisabled {
         HugePagesDisabled::No
     }
-    /// Whether a guest_memfd can be mapped (`GUEST_MEMFD_FLAG_MMAP`), and so serves all of a slot's memory.
+    /// Whether a guest_memfd can be mapped (`GUEST_MEMFD_FLAG_MMAP`), and so serves all of a slot's memory; so it is taken
+    /// where that cannot be tried.
     fn can_map_guest_memfd(&self, _fd: RawFd) -> bool {
         false
     }
