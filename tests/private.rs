@@ -990,3 +990,15 @@ fn hunt_what_a_call_without_drop_left_is_not_given_up_beside_it() {
         assert_eq!((done.dropped, done.kept), (0, rest.size()));
     }
 }
+
+#[test]
+fn hunt_an_error_of_a_later_piece_names_that() {
+    let second = LARGE.range().start + PIECE;
+    let guest = Guest::on(old_kernel());
+    guest.convert(LARGE.range(), Private).unwrap();
+    guest.kernel.fail(Call::Mappings, 1, libc::EMFILE);
+    let error = refused(guest.convert(LARGE.range(), Shared));
+    assert!(!guest.kernel.is_still_to_fail());
+    assert_eq!(private_runs(&guest), [Range { start: second, end: LARGE.range().end }]);
+    assert_eq!(error.range, Some(Range { start: second, end: LARGE.range().end }));
+}

@@ -102,7 +102,9 @@ impl Vm {
             let slots = self.memory().slots.in_range(range);
             self.check_slots(&slots, range, to, options.steps).map_err(not_begun(range))?;
         }
-        let unfinished = |error: Error| unfinished(error, range);
+        let unfinished = |piece: Range| {
+            move |error: Error| unfinished(Error { range: error.range.or(Some(piece)), ..error }, range)
+        };
         // The first is looked at in any case.
         let to_convert = |rest: Range| {
             let found = || self.visibility.first_to_convert(rest, to).map(|(part, _)| part);
@@ -110,13 +112,13 @@ impl Vm {
         };
         for piece in convert::pieces(range, to_convert) {
             if piece != first && worker.as_ref().is_some_and(Worker::is_wanted_elsewhere) {
-                return Err(unfinished(interrupted(piece, Stage::Attributes)));
+                return Err(unfinished(piece)(interrupted(piece, Stage::Attributes)));
             }
             let site = self.begin(piece, to, options).map_err(not_begun(piece))?;
-            self.convert_piece(&site, to, options, report).map_err(unfinished)?;
+            self.convert_piece(&site, to, options, report).map_err(unfinished(piece))?;
             // Where there is no more of it, nobody else comes in between.
             if let Some(worker) = worker.as_mut().filter(|_| piece == range) {
-                return self.refill(&site, worker, report).map_err(unfinished);
+                return self.refill(&site, worker, report).map_err(unfinished(piece));
             }
         }
         let Some(mut worker) = worker.take() else { return Ok(()) };
@@ -127,7 +129,7 @@ impl Vm {
         };
         for piece in convert::pieces(range, memory) {
             let site = self.begin(piece, to, options).map_err(not_refilled).map_err(not_begun(piece))?;
-            self.refill(&site, &mut worker, report).map_err(unfinished)?;
+            self.refill(&site, &mut worker, report).map_err(unfinished(piece))?;
         }
         Ok(())
     }
