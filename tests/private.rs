@@ -1002,3 +1002,24 @@ fn hunt_an_error_of_a_later_piece_names_that() {
     assert_eq!(private_runs(&guest), [Range { start: second, end: LARGE.range().end }]);
     assert_eq!(error.range, Some(Range { start: second, end: LARGE.range().end }));
 }
+
+#[test]
+fn hunt_of_a_file_that_serves_both_sides_nothing_is_kept_either() {
+    let guest = Guest::new();
+    let listener = guest.listener();
+    let keep = ConvertOptions { keep_shared: true, ..plain_options(&listener) };
+    let done = guest.convert_with(MAPPED.pages(0..4), Private, &keep).unwrap().done;
+    assert_eq!((done.dropped, done.kept), (0, 0), "nothing is out of sight");
+}
+
+#[test]
+fn hunt_what_was_given_up_before_a_failure_is_told() {
+    let guest = Guest::new();
+    let range = span(ANONYMOUS.range(), TOLD.range());
+    guest.kernel.fail(Remove, 0, libc::EIO);
+    let mut report = ConvertReport::default();
+    let listener = guest.listener();
+    let error = guest.vm.convert(range, Private, &plain_options(&listener), &mut report).unwrap_err();
+    assert_eq!(error.stage, Stage::Drop);
+    assert_eq!(report.done.dropped, ANONYMOUS.range().size());
+}

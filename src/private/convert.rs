@@ -21,7 +21,8 @@ pub trait Guest {
     /// Tells the caller that `piece` has become that.
     fn changed(&self, piece: Range, to: Visibility) -> Result<()>;
     /// Gives up the memory behind `piece` that it had as `out_of_sight`.
-    fn drop_side(&self, piece: Range, out_of_sight: Visibility) -> Result<Given>;
+    /// `given` says what became of it, also on an error.
+    fn drop_side(&self, piece: Range, out_of_sight: Visibility, given: &mut Given) -> Result<()>;
 }
 
 /// What is to be done; see `kvmprep_convert_opts`.
@@ -127,9 +128,11 @@ fn convert_piece(
         return Err(failure);
     }
     if steps.drop {
-        let given = guest.drop_side(piece, to.other())?;
+        let mut given = Given::default();
+        let outcome = guest.drop_side(piece, to.other(), &mut given);
         done.dropped += given.up + given.late;
         done.kept = (done.kept + given.kept).saturating_sub(given.late);
+        outcome?;
     } else if to == Visibility::Private {
         // It is for the VMM alone to give up, and does not go with a huge page either.
         map.set_kept(piece, true);

@@ -26,23 +26,27 @@ pub struct Host<'a> {
 
 impl Host<'_> {
     /// Gives up what `part` of a slot was as `out_of_sight`.
-    pub fn drop_side(&self, slot: &Placed, part: Range, out_of_sight: Visibility) -> Result<Given> {
+    pub fn drop_side(
+        &self,
+        slot: &Placed,
+        part: Range,
+        out_of_sight: Visibility,
+        given: &mut Given,
+    ) -> Result<()> {
         match out_of_sight {
-            // Nothing has gone out of sight: both sides are one file, and the guest may have written it since.
-            _ if slot.is_one_sided => Ok(Given::default()),
-            Visibility::Private => self.drop_private(&slot.slot, part),
-            Visibility::Shared => self.drop_shared(&slot.slot, part),
+            Visibility::Private => self.drop_private(&slot.slot, part, given),
+            Visibility::Shared => self.drop_shared(&slot.slot, part, given),
         }
     }
 
-    fn drop_private(&self, slot: &Memslot, part: Range) -> Result<Given> {
-        let Some((fd, offset)) = slot.guest_memfd_at(part.start) else { return Ok(Given::default()) };
+    fn drop_private(&self, slot: &Memslot, part: Range, given: &mut Given) -> Result<()> {
+        let Some((fd, offset)) = slot.guest_memfd_at(part.start) else { return Ok(()) };
         self.kernel.punch(fd, offset, part.size()).map_err(|errno| failed(slot, part, errno))?;
-        Ok(Given { up: part.size(), ..Given::default() })
+        given.up += part.size();
+        Ok(())
     }
 
-    fn drop_shared(&self, slot: &Memslot, part: Range) -> Result<Given> {
-        let mut given = Given::default();
+    fn drop_shared(&self, slot: &Memslot, part: Range, given: &mut Given) -> Result<()> {
         let mut at = part.start;
         while let Some(rest) = Range::between(at, part.end) {
             let found = self.mappings.at(slot.hva_of(at)).map_err(|errno| failed(slot, rest, errno))?;
@@ -55,7 +59,7 @@ impl Host<'_> {
             given.late += of_mapping.late;
             at = piece.end;
         }
-        Ok(given)
+        Ok(())
     }
 
     fn drop_mapped(&self, slot: &Memslot, mapping: &Mapping, piece: Range) -> Result<Given> {

@@ -270,13 +270,14 @@ impl Guest for Player<'_> {
         Ok(())
     }
 
-    fn drop_side(&self, piece: Range, out_of_sight: Visibility) -> Result<Given> {
+    fn drop_side(&self, piece: Range, out_of_sight: Visibility, given: &mut Given) -> Result<()> {
         for page in self.own(piece) {
             assert_ne!(page.attribute.get(), out_of_sight, "memory in sight is given up");
             assert_ne!(page.told.get(), out_of_sight, "it is given up before the caller knows");
             page.present[out_of_sight as usize].set(false);
         }
-        Ok(Given { up: piece.size(), ..Given::default() })
+        given.up += piece.size();
+        Ok(())
     }
 }
 

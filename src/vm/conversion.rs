@@ -412,11 +412,14 @@ impl Guest for OnVm<'_> {
             .hint(hint))
     }
 
-    fn drop_side(&self, piece: Range, out_of_sight: Visibility) -> Result<Given> {
-        let mut given = Given::default();
+    fn drop_side(&self, piece: Range, out_of_sight: Visibility, given: &mut Given) -> Result<()> {
         for (part, placed) in
             parts(&self.site.slots, piece).filter(|(_, placed)| placed.slot.has_guest_memfd())
         {
+            // Nothing has gone out of sight: both sides are one file, and the guest may have written it since.
+            if placed.is_one_sided {
+                continue;
+            }
             let is_shared = out_of_sight == Visibility::Shared;
             if is_shared {
                 self.vm.visibility.set_kept(part, self.options.keep_shared);
@@ -426,11 +429,8 @@ impl Guest for OnVm<'_> {
                 given.kept += part.size();
                 continue;
             }
-            let of_slot = self.host.drop_side(placed, part, out_of_sight)?;
-            given.up += of_slot.up;
-            given.kept += of_slot.kept;
-            given.late += of_slot.late;
+            self.host.drop_side(placed, part, out_of_sight, given)?;
         }
-        Ok(given)
+        Ok(())
     }
 }
