@@ -1023,3 +1023,66 @@ fn hunt_what_was_given_up_before_a_failure_is_told() {
     assert_eq!(error.stage, Stage::Drop);
     assert_eq!(report.done.dropped, ANONYMOUS.range().size());
 }
+
+/// Whose conversion was cut short before the rest of a broken huge page was mapped again.
+fn with_torn_pages(guest: &Guest) -> Range {
+    let listener = guest.listener();
+    guest.kernel.exit_requested.store(true, SeqCst);
+    let run = ANONYMOUS.pages(3..9);
+    let error = refused(guest.convert_with(run, Private, &prefaulting(&listener)));
+    assert_eq!(error.reason, Reason::Interrupted);
+    guest.kernel.exit_requested.store(false, SeqCst);
+    run
+}
+
+#[test]
+fn hunt_what_was_discarded_is_not_mapped_again_by_a_conversion_beside_it() {
+    let guest = Guest::new();
+    with_torn_pages(&guest);
+    // The balloon.
+    let balloon = ANONYMOUS.pages(100..200);
+    guest.vm.discarded(balloon);
+    guest.kernel.discard(ANONYMOUS.hva(balloon).start, balloon.size()).unwrap();
+    let listener = guest.listener();
+    guest.convert_with(ANONYMOUS.pages(9..10), Private, &prefaulting(&listener)).unwrap();
+    let host = guest.kernel.host.lock().unwrap().size_within(ANONYMOUS.hva(balloon));
+    assert_eq!(host, 0, "what the VMM has given up is there again");
+}
+
+#[test]
+fn hunt_another_slot_s_memory_is_not_populated_for_a_huge_page_of_the_former_one() {
+    let guest = Guest::new();
+    with_torn_pages(&guest);
+    guest.vm.changing(ANONYMOUS.id).unwrap();
+    let mut gone = ANONYMOUS.memslot();
+    gone.region.size = 0;
+    guest.vm.note(&gone).unwrap();
+    // Another memory, of which nothing is there.
+    guest.kernel.huge.lock().unwrap().remove(ANONYMOUS.hva(ANONYMOUS.range()));
+    guest.kernel.host.lock().unwrap().remove(ANONYMOUS.hva(ANONYMOUS.range()));
+    guest.kernel.stage2.lock().unwrap().remove(ANONYMOUS.range());
+    let mut sparse = ANONYMOUS.memslot();
+    sparse.nature.sparse = true;
+    guest.vm.note(&sparse).unwrap();
+    let listener = guest.listener();
+    let run = ANONYMOUS.pages(9..10);
+    let report = guest.convert_with(run, Private, &prefaulting(&listener)).unwrap();
+    assert_eq!((report.neighbours, report.prefaulted), (0, PAGE));
+}
+
+#[test]
+fn hunt_a_wish_to_keep_goes_with_the_slot() {
+    let guest = Guest::new();
+    let listener = guest.listener();
+    let (part, rest) = (POOL.pages(0..100), POOL.pages(100..512));
+    let keep = ConvertOptions { keep_shared: true, ..plain_options(&listener) };
+    guest.convert_with(part, Private, &keep).unwrap();
+    let mut gone = POOL.memslot();
+    gone.region.size = 0;
+    guest.vm.changing(POOL.id).unwrap();
+    guest.vm.note(&gone).unwrap();
+    // Another pool's memory.
+    guest.vm.note(&POOL.memslot()).unwrap();
+    let done = guest.convert(rest, Private).unwrap().done;
+    assert_eq!((done.dropped, done.kept), (HUGE, 0), "nobody has asked to keep any of this memory");
+}

@@ -126,6 +126,13 @@ impl VisibilityMap {
         self.state().torn.set(range, is_torn);
     }
 
+    /// Other memory lies behind `range`, or none: nothing of it was kept, nor is anything to be mapped again.
+    pub fn forget_memory(&self, range: Range) {
+        let mut state = self.state();
+        state.torn.set(range, false);
+        state.kept.set(range, false);
+    }
+
     /// What of `range` has lost its huge page and was not mapped again.
     pub fn torn(&self, range: Range) -> RangeSet {
         self.state().torn.runs(range).filter(|run| run.is_in).map(|run| run.range).collect()

@@ -215,6 +215,8 @@ impl Vm {
         self.withdraw(range);
         // Whoever discards in a conversion of its own knows that one is under way.
         let _ = self.turns.wait(range);
+        // Nor is it mapped again for a huge page that it once was a part of.
+        self.visibility.set_torn(range, false);
         self.memory().coverage.discarded(range, Loss::Discarded);
     }
 

@@ -234,6 +234,7 @@ impl Vm {
         }
         if in_space_0 {
             memory.coverage.forget(place);
+            self.visibility.forget_memory(place);
         }
         if !self.mappings_are_kept {
             memory.coverage.zap_may_come();
