@@ -1086,3 +1086,70 @@ fn hunt_a_wish_to_keep_goes_with_the_slot() {
     let done = guest.convert(rest, Private).unwrap().done;
     assert_eq!((done.dropped, done.kept), (HUGE, 0), "nobody has asked to keep any of this memory");
 }
+
+/// Two functions, each at work: the one runs a job over what the other converts, which waits for the one.
+#[test]
+fn hunt_a_job_keeps_away_from_memory_whose_converter_waits_for_this_thread() {
+    let guest = Guest::new();
+    guest.vm.note_visibility(PLAIN.range(), Shared).unwrap();
+    let (a, b) = (TOLD.pages(0..1), LARGE.pages(0..1));
+    let (b_is_inside, b_inside) = channel();
+    let (let_b_wait, b_may_wait) = channel::<()>();
+    std::thread::scope(|scope| {
+        let guest = &guest;
+        scope.spawn(move || {
+            let of_b = |_, _| {
+                guest.kernel.forbidden.lock().unwrap().insert(b);
+                b_is_inside.send(()).unwrap();
+                b_may_wait.recv_timeout(LONG).unwrap();
+                // Waits for the other thread.
+                let listener = |_, _| 0;
+                let _ = guest.convert_with(a, Private, &plain_options(&listener));
+                guest.kernel.forbidden.lock().unwrap().remove(b);
+                0
+            };
+            guest.convert_with(b, Private, &plain_options(&of_b)).unwrap();
+        });
+        b_inside.recv_timeout(LONG).unwrap();
+        let of_a = |_, _| {
+            let_b_wait.send(()).unwrap();
+            std::thread::sleep(MOMENT);
+            let job = Job::new(&guest.vm, &[LARGE.pages(0..512)], Options { timeout: Some(MOMENT), ..WRITE }).unwrap();
+            job.run(Worker::visitor(&*guest.kernel, Some(VCPU), &[]).unwrap(), &mut |_| {});
+            job.cancel();
+            0
+        };
+        guest.convert_with(a, Private, &plain_options(&of_a)).unwrap();
+    });
+    assert!(!guest.kernel.trespassed.load(SeqCst), "it was populated while it was converted");
+}
+
+/// A chunk in which both this thread and another convert a page.
+#[test]
+fn hunt_a_job_in_a_function_keeps_away_from_what_another_converts_in_the_same_chunk() {
+    let guest = Guest::new();
+    guest.vm.note_visibility(PLAIN.range(), Shared).unwrap();
+    let (a, b) = (LARGE.pages(0..1), LARGE.pages(5..6));
+    let (b_is_inside, b_inside) = channel();
+    std::thread::scope(|scope| {
+        let guest = &guest;
+        scope.spawn(move || {
+            let of_b = |_, _| {
+                guest.kernel.forbidden.lock().unwrap().insert(b);
+                b_is_inside.send(()).unwrap();
+                std::thread::sleep(2 * MOMENT);
+                guest.kernel.forbidden.lock().unwrap().remove(b);
+                0
+            };
+            guest.convert_with(b, Private, &plain_options(&of_b)).unwrap();
+        });
+        b_inside.recv_timeout(LONG).unwrap();
+        let of_a = |_, _| {
+            let job = Job::new(&guest.vm, &[LARGE.pages(0..512)], WRITE).unwrap();
+            job.run(Worker::visitor(&*guest.kernel, Some(VCPU), &[]).unwrap(), &mut |_| {});
+            job.verdict().map_or_else(|error| -error.errno, |()| 0)
+        };
+        guest.convert_with(a, Private, &plain_options(&of_a)).unwrap();
+    });
+    assert!(!guest.kernel.trespassed.load(SeqCst), "it was populated while it was converted");
+}

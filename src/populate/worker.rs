@@ -32,7 +32,12 @@ pub enum Leave {
 }
 
 /// Somebody converts the memory.
-struct Busy;
+enum Busy {
+    /// And will be done.
+    Now,
+    /// And waits for this thread, which does so itself, and runs the job meanwhile.
+    ForEver,
+}
 
 /// A thread at work.
 pub struct Worker<'a> {
@@ -143,11 +148,26 @@ impl Job {
         };
         let _turn = match self.turn(segment, range) {
             Ok(turn) => turn,
-            Err(Busy) => {
+            Err(Busy::Now) => {
                 // With nothing in hand: who converts may be waiting for what is.
                 drop(task);
-                let _ = self.vm.turns.wait(range);
+                if self.vm.turns.wait(range).is_err() {
+                    // A part of it is this thread's own; the other's end can only be looked for.
+                    let _ = self.queue.sleep(self.queue.now(), PROGRESS_PERIOD);
+                }
                 return None;
+            }
+            Err(Busy::ForEver) => {
+                drop(task);
+                return self.fail(
+                    Error::new(
+                        libc::EDEADLK,
+                        Reason::WouldDeadlock,
+                        format!("guest {range} is being converted by a thread that waits for this one"),
+                    )
+                    .range(range)
+                    .hint("let the function that kvmprep_convert() tells of changes return first"),
+                );
             }
         };
         let private = segment.private_parts(range, self.vm.told());
@@ -317,7 +337,8 @@ impl Job {
         match self.vm.turns.try_take(range) {
             Try::Taken(turn) => Ok(Some(turn)),
             Try::Own => Ok(None),
-            Try::Busy => Err(Busy),
+            Try::Busy => Err(Busy::Now),
+            Try::Circle => Err(Busy::ForEver),
         }
     }
 

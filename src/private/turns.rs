@@ -59,10 +59,12 @@ pub struct OwnTurn;
 pub enum Try<'a> {
     /// It is taken.
     Taken(Turn<'a>),
-    /// The calling thread has one that overlaps.
+    /// The calling thread has one that overlaps, and nobody else has.
     Own,
     /// Somebody else has.
     Busy,
+    /// Somebody else has, who waits for the calling thread: it would wait for ever.
+    Circle,
 }
 
 impl Turns {
@@ -79,8 +81,15 @@ impl Turns {
 
     /// Takes it, if nobody works on anything of `range` or waits to.
     pub fn try_take(&self, range: Range) -> Try<'_> {
-        let mut queue = self.queue();
-        let Ok(place) = queue.join(range, current().id()) else { return Try::Own };
+        let (mut queue, by) = (self.queue(), current().id());
+        let Ok(place) = queue.join(range, by) else {
+            let place = Place { number: queue.next_number, range, by, works: false };
+            return match queue.before(&place).any(|other| other.by != by) {
+                false => Try::Own,
+                true if queue.others_wait_for_it(&place) => Try::Circle,
+                true => Try::Busy,
+            };
+        };
         let is_free = queue.before(&place).next().is_none();
         if is_free {
             queue.begin(place.number);
@@ -162,10 +171,18 @@ impl Queue {
 
     /// Whether its own thread is among those whom it waits for, or whom these wait for, and so on.
     fn waits_for_itself(&self, place: &Place) -> bool {
+        self.before(place).any(|other| other.by == place.by) || self.others_wait_for_it(place)
+    }
+
+    /// Whether others whom it waits for, wait for its own thread in turn.
+    fn others_wait_for_it(&self, place: &Place) -> bool {
         let (mut rest, mut known) = (vec![*place], Vec::new());
         while let Some(waiting) = rest.pop() {
             for other in self.before(&waiting) {
                 if other.by == place.by {
+                    if waiting.number == place.number {
+                        continue;
+                    }
                     return true;
                 }
                 if !known.contains(&other.by) {
