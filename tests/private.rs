@@ -1153,3 +1153,53 @@ fn hunt_a_job_in_a_function_keeps_away_from_what_another_converts_in_the_same_ch
     });
     assert!(!guest.kernel.trespassed.load(SeqCst), "it was populated while it was converted");
 }
+
+#[test]
+fn hunt_a_list_that_is_refused_half_way_leaves_nothing_announced() {
+    let guest = Guest::new();
+    // T1 is inside for A and sets a list; B's slot is held for a while, then C's holder waits for A.
+    let (a, b, c) = (LARGE.pages(0..1), ANONYMOUS.pages(0..1), TOLD.pages(0..1));
+    let (b_in, b_inside) = channel();
+    let (b_go, b_may_go) = channel::<()>();
+    let (c_in, c_inside) = channel();
+    let (c_go, c_may_go) = channel::<()>();
+    let verdict = Mutex::new(None);
+    std::thread::scope(|scope| {
+        let guest = &guest;
+        let verdict = &verdict;
+        scope.spawn(move || {
+            let of_b = |_, _| {
+                b_in.send(()).unwrap();
+                b_may_go.recv_timeout(LONG).unwrap();
+                0
+            };
+            guest.convert_with(b, Private, &plain_options(&of_b)).unwrap();
+        });
+        scope.spawn(move || {
+            let of_c = |_, _| {
+                c_in.send(()).unwrap();
+                c_may_go.recv_timeout(LONG).unwrap();
+                let nothing = |_, _| 0;
+                let _ = guest.convert_with(a, Shared, &plain_options(&nothing));
+                0
+            };
+            guest.convert_with(c, Private, &plain_options(&of_c)).unwrap();
+        });
+        b_inside.recv_timeout(LONG).unwrap();
+        c_inside.recv_timeout(LONG).unwrap();
+        scope.spawn(move || {
+            let of_a = |_, _| {
+                let kept = [UNTOLD, POOL, MAPPED, PLAIN, LARGE].map(|slot| slot.memslot());
+                *verdict.lock().unwrap() = Some(guest.vm.set_memslots(&kept).map_err(|error| error.errno));
+                0
+            };
+            guest.convert_with(a, Private, &plain_options(&of_a)).unwrap();
+        });
+        std::thread::sleep(MOMENT);
+        c_go.send(()).unwrap();
+        std::thread::sleep(MOMENT);
+        b_go.send(()).unwrap();
+    });
+    assert_eq!(*verdict.lock().unwrap(), Some(Err(libc::EDEADLK)));
+    guest.convert(ANONYMOUS.pages(5..6), Private).expect("on error nothing has changed");
+}

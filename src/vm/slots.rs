@@ -74,8 +74,12 @@ impl Vm {
         for old in &gone {
             self.check_turn(old.id())?;
         }
-        for old in &gone {
-            self.changing(old.id())?;
+        for (index, old) in gone.iter().enumerate() {
+            // So it may still be, where another thread has come to wait for this one since.
+            self.changing(old.id()).inspect_err(|_| {
+                let mut memory = self.memory();
+                gone[..index].iter().for_each(|announced| memory.slots.set_changing(announced.id(), false));
+            })?;
         }
         let mut memory = self.memory();
         for old in &gone {
