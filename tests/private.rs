@@ -1203,3 +1203,22 @@ fn hunt_a_list_that_is_refused_half_way_leaves_nothing_announced() {
     assert_eq!(*verdict.lock().unwrap(), Some(Err(libc::EDEADLK)));
     guest.convert(ANONYMOUS.pages(5..6), Private).expect("on error nothing has changed");
 }
+
+#[test]
+fn hunt_a_fault_that_tells_kvm_once_more_is_no_longer_covered() {
+    let guest = Guest::new();
+    guest.vm.note_visibility(PLAIN.range(), Shared).unwrap();
+    let run = LARGE.pages(0..512);
+    guest.convert(run, Private).unwrap();
+    // Somebody has told KVM otherwise.
+    guest.kernel.set_attributes(VM, LARGE.pages(3..4), 0).unwrap();
+    let job = Job::new(&guest.vm, &[run], WRITE).unwrap();
+    job.run(Worker::visitor(&*guest.kernel, Some(VCPU), &[]).unwrap(), &mut |_| {});
+    assert_eq!(guest.vm.coverage(run).1.stage2_write, HUGE);
+    let mut report = ConvertReport::default();
+    let listener = guest.listener();
+    guest.vm.handle_memory_fault(LARGE.pages(3..4), Private, &plain_options(&listener), &mut report).unwrap();
+    let covered = guest.vm.coverage(run).1.stage2_write;
+    let mapped = guest.kernel.stage2.lock().unwrap().size_within(run);
+    assert!(covered <= mapped, "covered {covered:#x}, mapped {mapped:#x}");
+}

@@ -186,6 +186,8 @@ impl Vm {
             let _turn = self.turn(first)?;
             if self.visibility.is_all(first, to) {
                 self.set_attributes(first, to)?;
+                // Where KVM has thought otherwise, what it had mapped there is gone.
+                self.memory().coverage.discarded(first, Loss::Converted);
                 report.done.calls += 1;
             }
         }
