@@ -1114,7 +1114,8 @@ fn hunt_a_job_keeps_away_from_memory_whose_converter_waits_for_this_thread() {
         let of_a = |_, _| {
             let_b_wait.send(()).unwrap();
             std::thread::sleep(MOMENT);
-            let job = Job::new(&guest.vm, &[LARGE.pages(0..512)], Options { timeout: Some(MOMENT), ..WRITE }).unwrap();
+            let job = Job::new(&guest.vm, &[LARGE.pages(0..512)], Options { timeout: Some(MOMENT), ..WRITE })
+                .unwrap();
             job.run(Worker::visitor(&*guest.kernel, Some(VCPU), &[]).unwrap(), &mut |_| {});
             job.cancel();
             0
@@ -1221,4 +1222,32 @@ fn hunt_a_fault_that_tells_kvm_once_more_is_no_longer_covered() {
     let covered = guest.vm.coverage(run).1.stage2_write;
     let mapped = guest.kernel.stage2.lock().unwrap().size_within(run);
     assert!(covered <= mapped, "covered {covered:#x}, mapped {mapped:#x}");
+}
+
+#[test]
+fn hunt_private_memory_that_is_there_needs_no_free_memory() {
+    let mut kernel = kernel();
+    let meminfo = "MemTotal: 1048576 kB\nMemAvailable: 65536 kB\nSwapFree: 0 kB\n";
+    kernel.files.insert("/proc/meminfo".to_string(), meminfo.to_string());
+    let guest = Guest::on(kernel);
+    guest.convert(LARGE.range(), Private).unwrap();
+    let populate = |check_free| {
+        let job = Job::new(&guest.vm, &[LARGE.range()], Options { check_free, ..WRITE })?;
+        job.run(Worker::visitor(&*guest.kernel, Some(VCPU), &[]).unwrap(), &mut |_| {});
+        job.verdict()
+    };
+    populate(false).unwrap();
+    assert_eq!(allocated(&guest, LARGE.guest_memfd()), [LARGE.private(LARGE.range())]);
+    populate(true).expect("all of it is there already");
+}
+
+#[test]
+fn hunt_first_writes_to_private_memory_do_not_fault() {
+    let guest = Guest::new();
+    guest.convert(LARGE.pages(0..512), Private).unwrap();
+    let job =
+        Job::new(&guest.vm, &[LARGE.pages(0..1024)], Options { intent: Intent::Read, ..WRITE }).unwrap();
+    job.run(Worker::visitor(&*guest.kernel, Some(VCPU), &[]).unwrap(), &mut |_| {});
+    job.verdict().unwrap();
+    assert_eq!(job.report().first_writes, HUGE, "of private memory KVM maps each page for writing");
 }

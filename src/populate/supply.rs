@@ -37,10 +37,11 @@ pub fn check(kernel: &dyn Kernel, plan: &Plan, told: Option<&dyn PrivateMemory>)
 fn needs(kernel: &dyn Kernel, plan: &Plan, told: Option<&dyn PrivateMemory>) -> BTreeMap<u64, u64> {
     let mut needs = BTreeMap::new();
     let page_sizes = PageSizes::new(kernel);
+    let mut hidden = 0;
     for segment in &plan.segments {
         let private = segment.private_size(told);
-        if private > 0 && segment.host != HostMethod::Nothing {
-            *needs.entry(PAGE).or_default() += private;
+        if segment.host != HostMethod::Nothing {
+            hidden += private;
         }
         let shared = segment.range.size() - private;
         if shared == 0 || !allocates(segment) {
@@ -51,7 +52,21 @@ fn needs(kernel: &dyn Kernel, plan: &Plan, told: Option<&dyn PrivateMemory>) -> 
         let missing = shared.saturating_sub(present(kernel, segment));
         *needs.entry(page_size).or_default() += missing;
     }
+    // What of a guest_memfd is there cannot be asked: as much as the machine has in use, at most.
+    let missing = hidden.saturating_sub(if hidden > 0 { in_use(kernel) } else { 0 });
+    if missing > 0 {
+        *needs.entry(PAGE).or_default() += missing;
+    }
     needs
+}
+
+/// Bytes of memory that the machine has in use and cannot reclaim; all there could be, where it does not tell.
+fn in_use(kernel: &dyn Kernel) -> u64 {
+    let used = || {
+        let meminfo = kernel.read_file("/proc/meminfo").ok()?;
+        Some(field(&meminfo, "MemTotal:")?.saturating_sub(field(&meminfo, "MemAvailable:")?) << 10)
+    };
+    used().unwrap_or(u64::MAX)
 }
 
 /// Whether populating this takes memory that cannot be reclaimed at once, as a file's cached pages can.

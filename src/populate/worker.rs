@@ -209,7 +209,7 @@ impl Job {
         lap(&self.counters.stage2_ns, began);
         let rest = rest_of(&outcome);
         if let Some(done) = Range::between(range.start, rest.map_or(range.end, |r| r.start)) {
-            self.count_stage2(segment, done, absent, zaps);
+            self.count_stage2(segment, done, absent, &private, zaps);
         }
         let leave = self.after_stage2(worker, outcome);
         task.finish(None, rest);
@@ -359,13 +359,16 @@ impl Job {
     }
 
     /// Counts `done`, of which `absent` bytes are not in memory.
-    fn count_stage2(&self, segment: &Segment, done: Range, absent: u64, zaps: u64) {
+    fn count_stage2(&self, segment: &Segment, done: Range, absent: u64, private: &[Range], zaps: u64) {
         let mapped = done.size() - absent;
         self.counters.absent.fetch_add(absent, Relaxed);
         self.counters.stage2.fetch_add(mapped, Relaxed);
         // Of resident memory the kernel maps for writing what the host has writable, page by page.
         if segment.access == Access::Read && !segment.resident_only && first_write_faults(segment.backing) {
-            self.counters.first_writes.fetch_add(mapped, Relaxed);
+            // What is private KVM maps for writing.
+            let private: u64 =
+                private.iter().filter_map(|part| part.intersect(&done)).map(|part| part.size()).sum();
+            self.counters.first_writes.fetch_add(mapped - private, Relaxed);
         }
         // A slot change may have dropped what was being mapped: claim nothing.
         let mut memory = self.vm.memory();
