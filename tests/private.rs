@@ -1251,3 +1251,33 @@ fn hunt_first_writes_to_private_memory_do_not_fault() {
     job.verdict().unwrap();
     assert_eq!(job.report().first_writes, HUGE, "of private memory KVM maps each page for writing");
 }
+
+/// Two slots show one file, each by a mapping of its own.
+#[test]
+fn hunt_memory_that_two_slots_show_by_two_mappings_is_kept() {
+    let guest = Guest::new();
+    let shown = UNTOLD.pages(10..20);
+    let mut alias = PLAIN.memslot();
+    alias.region.slot = 40;
+    alias.region.gpa = LARGE.range().end + HUGE;
+    alias.region.hva = LARGE.hva(LARGE.range()).end + (1 << 30);
+    alias.region.size = shown.size();
+    {
+        let mut mappings = guest.kernel.mappings.lock().unwrap();
+        let of_file =
+            *mappings.iter().find(|mapping| mapping.start == UNTOLD.hva(UNTOLD.range()).start).unwrap();
+        let start = alias.region.hva;
+        mappings.push(Mapping {
+            start,
+            end: start + shown.size(),
+            offset: of_file.offset + 10 * PAGE,
+            ..of_file
+        });
+        mappings.sort_by_key(|mapping| mapping.start);
+    }
+    guest.vm.note(&alias).unwrap();
+    let done = guest.convert(UNTOLD.pages(0..30), Private).unwrap().done;
+    let removed: Vec<Range> = guest.did().iter().filter(|did| did.0 == Remove).map(|did| did.2).collect();
+    assert!(removed.iter().all(|hvas| !hvas.overlaps(&UNTOLD.hva(shown))), "the other slot's memory is gone");
+    assert!(done.kept >= shown.size());
+}

@@ -4,7 +4,7 @@
 
 use super::{Memslot, SlotId, Slots, address_space, slot_number};
 use crate::kvm::FileId;
-use crate::range::{Range, RangeSet};
+use crate::range::Range;
 use std::collections::BTreeSet;
 use std::collections::btree_map::{BTreeMap, Entry};
 
@@ -120,19 +120,12 @@ impl SlotRecord {
         }
     }
 
-    /// Where in this process memory lies that more than one slot shows.
-    pub fn shown_twice(&self) -> RangeSet {
+    /// Where in this process the slots have their memory, by address.
+    pub fn host_places(&self) -> Vec<Range> {
         let mut places: Vec<Range> =
             self.iter().filter_map(|slot| Range::new(slot.region.hva, slot.region.size)).collect();
         places.sort_by_key(|place| place.start);
-        let (mut twice, mut end) = (RangeSet::new(), 0);
-        for place in places {
-            if let Some(again) = Range::between(place.start, place.end.min(end)) {
-                twice.insert(again);
-            }
-            end = end.max(place.end);
-        }
-        twice
+        places
     }
 
     /// All slots of one address space, by place.

@@ -5,7 +5,7 @@
 //! time, and takes no other turn meanwhile.
 
 use super::Vm;
-use super::refill::{not_refilled, parts};
+use super::refill::{looking_up, not_refilled, parts};
 use crate::error::{Error, Reason, Result, Stage};
 use crate::kvm::Errno;
 use crate::kvm::caps::MEMORY_ATTRIBUTE_PRIVATE;
@@ -159,7 +159,8 @@ impl Vm {
         if options.prefault && to == Visibility::Private {
             self.note_broken_pages(site, options.steps.drop && !options.keep_shared)?;
         }
-        let (mappings, shown_twice) = (self.mappings()?, self.shown_twice());
+        let mappings = self.mappings()?;
+        let shown_twice = self.shown_twice(&mappings).map_err(looking_up)?;
         let host = Host {
             kernel: &*self.kernel,
             mappings: &mappings,

@@ -13,8 +13,8 @@ mod slots;
 pub use conversion::{ConvertOptions, ConvertReport};
 
 use crate::error::{Error, Reason, Result};
-use crate::kvm::Kernel;
 use crate::kvm::caps::{Caps, QUIRK_SLOT_ZAP_ALL};
+use crate::kvm::{Kernel, Mappings, Sys};
 use crate::memslot::alignment::Demand;
 use crate::memslot::{Memslot, SlotRecord};
 use crate::populate::coverage::{Coverage, Covered, Loss};
@@ -111,6 +111,49 @@ pub(crate) fn check_vm(kernel: &dyn Kernel, fd: RawFd) -> Result<()> {
         .hint("pass what KVM_CREATE_VM returned"))
 }
 
+/// What of `places`, where slots have their memory in this process, by address, is memory of another's too.
+fn shown_twice(places: &[Range], mappings: &Mappings<'_>) -> Sys<RangeSet> {
+    let (mut twice, mut end) = (RangeSet::new(), 0);
+    // (inode, part of the file, where that is mapped)
+    let mut in_files: Vec<(u64, Range, u64)> = Vec::new();
+    for place in places {
+        if let Some(again) = Range::between(place.start, place.end.min(end)) {
+            twice.insert(again);
+        }
+        end = end.max(place.end);
+        let mut at = place.start;
+        while let Some(rest) = Range::between(at, place.end) {
+            let Some(mapping) = mappings.at(at)?.filter(|mapping| mapping.start < rest.end) else { break };
+            let part = Range { start: at.max(mapping.start), end: rest.end.min(mapping.end) };
+            if mapping.shared && mapping.inode != 0 {
+                let offset = mapping.offset + (part.start - mapping.start);
+                in_files
+                    .extend(Range::new(offset, part.size()).map(|held| (mapping.inode, held, part.start)));
+            }
+            at = part.end;
+        }
+    }
+    in_files.sort_by_key(|(inode, held, _)| (*inode, held.start));
+    // The one of those before that goes farthest.
+    let mut before: Option<(u64, Range, u64)> = None;
+    for one in in_files {
+        let (inode, held, hva) = one;
+        let same = before.filter(|(other, ..)| *other == inode);
+        if let Some((_, other, other_hva)) = same {
+            if let Some(common) = other.intersect(&held) {
+                for (held, hva) in [(other, other_hva), (held, hva)] {
+                    twice.insert(Range {
+                        start: hva + (common.start - held.start),
+                        end: hva + (common.end - held.start),
+                    });
+                }
+            }
+        }
+        before = same.filter(|(_, other, _)| other.end >= held.end).or(Some(one));
+    }
+    Ok(twice)
+}
+
 impl Vm {
     /// A handle without slots.
     pub fn new(kernel: Arc<dyn Kernel>, config: Config) -> Result<Self> {
@@ -200,14 +243,18 @@ impl Vm {
         self.visibility.is_told().then_some(&self.visibility as &dyn PrivateMemory)
     }
 
-    /// Where in this process memory lies that more than one slot shows.
-    fn shown_twice(&self) -> Arc<RangeSet> {
+    /// Where in this process memory lies that more than one slot shows, by one mapping or by several of one file.
+    fn shown_twice(&self, mappings: &Mappings<'_>) -> Sys<Arc<RangeSet>> {
         let mut known = self.shown_twice.lock().unwrap_or_else(PoisonError::into_inner);
-        let memory = self.memory();
-        if known.0 != memory.changes {
-            *known = (memory.changes, Arc::new(memory.slots.shown_twice()));
-        }
-        Arc::clone(&known.1)
+        let (changes, places) = {
+            let memory = self.memory();
+            if known.0 == memory.changes {
+                return Ok(Arc::clone(&known.1));
+            }
+            (memory.changes, memory.slots.host_places())
+        };
+        *known = (changes, Arc::new(shown_twice(&places, mappings)?));
+        Ok(Arc::clone(&known.1))
     }
 
     /// Memory is about to be discarded: returns once no worker touches it.
