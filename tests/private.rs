@@ -1281,3 +1281,25 @@ fn hunt_memory_that_two_slots_show_by_two_mappings_is_kept() {
     assert!(removed.iter().all(|hvas| !hvas.overlaps(&UNTOLD.hva(shown))), "the other slot's memory is gone");
     assert!(done.kept >= shown.size());
 }
+
+#[test]
+fn hunt_what_another_call_kept_is_not_subtracted() {
+    let guest = Guest::new();
+    guest.convert(POOL.pages(0..300), Private).unwrap();
+    let done = guest.convert(POOL.pages(300..612), Private).unwrap().done;
+    assert_eq!((done.dropped, done.kept), (HUGE, 100 * PAGE));
+}
+
+#[test]
+fn hunt_beside_memory_that_two_slots_show_the_rest_is_given_up() {
+    let guest = Guest::new();
+    let shown = ANONYMOUS.pages(10..20);
+    let mut alias = PLAIN.memslot();
+    alias.region.slot = 40;
+    alias.region.gpa = LARGE.range().end + HUGE;
+    alias.region.hva = ANONYMOUS.hva(shown).start;
+    alias.region.size = shown.size();
+    guest.vm.note(&alias).unwrap();
+    let done = guest.convert(ANONYMOUS.pages(0..512), Private).unwrap().done;
+    assert_eq!((done.dropped, done.kept), (HUGE - shown.size(), shown.size()));
+}

@@ -43,6 +43,8 @@ pub struct Given {
     pub kept: u64,
     /// Given up beside the piece: kept before, since a huge page goes as a whole.
     pub late: u64,
+    /// Of this, what was told as kept on the same occasion.
+    pub kept_no_more: u64,
 }
 
 /// What was done, in bytes and calls.
@@ -131,7 +133,7 @@ fn convert_piece(
         let mut given = Given::default();
         let outcome = guest.drop_side(piece, to.other(), &mut given);
         done.dropped += given.up + given.late;
-        done.kept = (done.kept + given.kept).saturating_sub(given.late);
+        done.kept = (done.kept + given.kept).saturating_sub(given.kept_no_more);
         outcome?;
     } else if to == Visibility::Private {
         // It is for the VMM alone to give up, and does not go with a huge page either.

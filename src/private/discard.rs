@@ -10,6 +10,7 @@ use crate::error::{Error, Result, Stage};
 use crate::kvm::{Errno, Kernel, MappedObject, Mapping, Mappings, Smaps, Sys};
 use crate::memslot::{Memslot, Placed};
 use crate::range::{PAGE, Range, RangeSet};
+use std::cell::RefCell;
 use std::os::fd::RawFd;
 
 /// Where memory is given up: this process, as it is on one occasion.
@@ -22,6 +23,8 @@ pub struct Host<'a> {
     pub shown_twice: &'a RangeSet,
     /// What is private.
     pub map: &'a VisibilityMap,
+    /// What was kept on this occasion and may go later on it, with the rest of its huge page.
+    pub kept: &'a RefCell<RangeSet>,
 }
 
 impl Host<'_> {
@@ -53,30 +56,48 @@ impl Host<'_> {
             let Some(mapping) = found else { break };
             let mapped = slot.gpas_of(Range { start: mapping.start, end: mapping.end });
             let Some(piece) = mapped.and_then(|mapped| mapped.intersect(&rest)) else { break };
-            let of_mapping = self.drop_mapped(slot, &mapping, piece)?;
-            given.up += of_mapping.up;
-            given.kept += of_mapping.kept;
-            given.late += of_mapping.late;
+            self.drop_mapped(slot, &mapping, piece, given)?;
             at = piece.end;
         }
         Ok(())
     }
 
-    fn drop_mapped(&self, slot: &Memslot, mapping: &Mapping, piece: Range) -> Result<Given> {
-        let kept = Ok(Given { kept: piece.size(), ..Given::default() });
+    fn drop_mapped(&self, slot: &Memslot, mapping: &Mapping, piece: Range, given: &mut Given) -> Result<()> {
         let page = page_size(self.kernel, mapping).map_err(|errno| failed(slot, piece, errno))?;
-        let Some(whole) = self.whole_pages(slot, page, piece) else { return kept };
+        let (mut up, mut failure) = (RangeSet::new(), None);
+        for part in self.own_pages(slot, page, piece) {
+            match self.give_up(slot, mapping, part) {
+                Ok(()) => up.insert(part),
+                Err(errno) if can_never_go(errno) => {}
+                Err(errno) => {
+                    failure = Some(failed(slot, part, errno));
+                    break;
+                }
+            }
+        }
+        let mut kept = self.kept.borrow_mut();
+        given.kept_no_more += up.iter().map(|part| kept.remove(part)).sum::<u64>();
+        let of_piece = up.size_within(piece);
+        given.up += of_piece;
+        given.late += up.size() - of_piece;
+        if let Some(failure) = failure {
+            return Err(failure);
+        }
+        given.kept += piece.size() - of_piece;
+        up.missing(piece).into_iter().for_each(|part| kept.insert(part));
+        Ok(())
+    }
+
+    /// What of [`Self::whole_pages`] no other slot shows.
+    fn own_pages(&self, slot: &Memslot, size: u64, piece: Range) -> Vec<Range> {
+        let Some(whole) = self.whole_pages(slot, size, piece) else { return Vec::new() };
         let host = Range { start: slot.hva_of(whole.start), end: slot.hva_of(whole.start) + whole.size() };
-        if self.shown_twice.within(host).next().is_some() {
-            return kept;
-        }
-        match self.give_up(slot, mapping, whole) {
-            Ok(()) => {}
-            Err(errno) if can_never_go(errno) => return kept,
-            Err(errno) => return Err(failed(slot, whole, errno)),
-        }
-        let up = whole.intersect(&piece).map_or(0, |up| up.size());
-        Ok(Given { up, kept: piece.size() - up, late: whole.size() - up })
+        let page_of = |part: Range| Range {
+            start: part.start - part.start % size,
+            end: part.end.next_multiple_of(size),
+        };
+        let others: RangeSet = self.shown_twice.within(host).map(page_of).collect();
+        others.missing(host).into_iter().filter_map(|part| slot.gpas_of(part)).collect()
     }
 
     /// Where pages are huge, of a pool, and can only go as a whole: `piece` without those whose rest is to stay, and with

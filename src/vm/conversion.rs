@@ -16,7 +16,8 @@ use crate::private::convert::{self, Converted, Given, Guest, Steps};
 use crate::private::discard::Host;
 use crate::private::turns::Turn;
 use crate::private::visibility::{Run, Visibility};
-use crate::range::{PAGE, Range};
+use crate::range::{PAGE, Range, RangeSet};
+use std::cell::RefCell;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
@@ -110,12 +111,13 @@ impl Vm {
             let found = || self.visibility.first_to_convert(rest, to).map(|(part, _)| part);
             if rest == range { Some(rest) } else { found() }
         };
+        let kept = RefCell::default();
         for piece in convert::pieces(range, to_convert) {
             if piece != first && worker.as_ref().is_some_and(Worker::is_wanted_elsewhere) {
                 return Err(unfinished(piece)(interrupted(piece, Stage::Attributes)));
             }
             let site = self.begin(piece, to, options).map_err(not_begun(piece))?;
-            self.convert_piece(&site, to, options, report).map_err(unfinished(piece))?;
+            self.convert_piece(&site, to, options, &kept, report).map_err(unfinished(piece))?;
             // Where there is no more of it, nobody else comes in between.
             if let Some(worker) = worker.as_mut().filter(|_| piece == range) {
                 return self.refill(&site, worker, report).map_err(unfinished(piece));
@@ -154,6 +156,7 @@ impl Vm {
         site: &Site<'_>,
         to: Visibility,
         options: &ConvertOptions<'_>,
+        kept: &RefCell<RangeSet>,
         report: &mut ConvertReport,
     ) -> Result<()> {
         if options.prefault && to == Visibility::Private {
@@ -166,6 +169,7 @@ impl Vm {
             mappings: &mappings,
             shown_twice: &shown_twice,
             map: &self.visibility,
+            kept,
         };
         let guest = OnVm { vm: self, site, host, options };
         convert::convert(&self.visibility, &guest, site.piece, to, options.steps, &mut report.done)
