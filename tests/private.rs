@@ -1303,3 +1303,39 @@ fn hunt_beside_memory_that_two_slots_show_the_rest_is_given_up() {
     let done = guest.convert(ANONYMOUS.pages(0..512), Private).unwrap().done;
     assert_eq!((done.dropped, done.kept), (HUGE - shown.size(), shown.size()));
 }
+
+/// Another's function may take its time.
+#[test]
+fn hunt_who_waits_for_a_conversion_leaves_when_the_job_ends_or_the_vcpu_is_wanted() {
+    let ends: [&(dyn Fn(&Guest, &Job) + Sync); 2] =
+        [&|_, job| job.cancel(), &|guest, _| guest.kernel.exit_requested.store(true, SeqCst)];
+    for end in ends {
+        let guest = Guest::new();
+        guest.vm.note_visibility(PLAIN.range(), Shared).unwrap();
+        let (is_inside, inside) = channel();
+        let (let_go, go) = channel::<()>();
+        let (has_left, left) = channel();
+        let go = Mutex::new(go);
+        let hold = |_, _| {
+            is_inside.send(()).unwrap();
+            go.lock().unwrap().recv_timeout(LONG).unwrap();
+            0
+        };
+        let job = Job::new(&guest.vm, &[LARGE.pages(0..512)], WRITE).unwrap();
+        std::thread::scope(|scope| {
+            let (guest, job, hold) = (&guest, &job, &hold);
+            scope
+                .spawn(move || guest.convert_with(LARGE.pages(0..1), Private, &plain_options(hold)).unwrap());
+            inside.recv_timeout(LONG).unwrap();
+            scope.spawn(move || {
+                job.run(Worker::visitor(&*guest.kernel, Some(VCPU), &[]).unwrap(), &mut |_| {});
+                has_left.send(()).unwrap();
+            });
+            std::thread::sleep(MOMENT);
+            end(guest, job);
+            let is_out = left.recv_timeout(20 * MOMENT).is_ok();
+            let_go.send(()).unwrap();
+            assert!(is_out, "it comes out within a chunk");
+        });
+    }
+}

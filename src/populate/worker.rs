@@ -151,7 +151,9 @@ impl Job {
             Err(Busy::Now) => {
                 // With nothing in hand: who converts may be waiting for what is.
                 drop(task);
-                if self.vm.turns.wait(range).is_err() {
+                // Whoever converts may be long in its VMM's function.
+                let goes_on = || !self.has_ended() && !worker.is_wanted_elsewhere();
+                if self.vm.turns.wait_while(range, goes_on).is_err() {
                     // A part of it is this thread's own; the other's end can only be looked for.
                     let _ = self.queue.sleep(self.queue.now(), PROGRESS_PERIOD);
                 }

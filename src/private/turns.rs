@@ -7,6 +7,7 @@
 
 use crate::range::Range;
 use std::sync::PoisonError;
+use std::time::Duration;
 
 #[cfg(loom)]
 use loom::{
@@ -18,6 +19,9 @@ use std::{
     sync::{Condvar, Mutex, MutexGuard},
     thread::{ThreadId, current},
 };
+
+/// How long one waits before it looks around for itself.
+const NAP: Duration = Duration::from_millis(20);
 
 /// All turns that are taken or waited for.
 #[derive(Debug, Default)]
@@ -117,6 +121,20 @@ impl Turns {
         let (queue, number) = self.come_first(range)?;
         drop(queue);
         self.leave(number);
+        Ok(())
+    }
+
+    /// As [`Turns::wait`], for as long as `goes_on`, which is asked now and then.
+    pub fn wait_while(&self, range: Range, goes_on: impl Fn() -> bool) -> Result<(), OwnTurn> {
+        let place = self.queue().join(range, current().id())?;
+        while goes_on() {
+            let queue = self.queue();
+            if queue.before(&place).next().is_none() {
+                break;
+            }
+            drop(self.has_moved.wait_timeout(queue, NAP));
+        }
+        self.leave(place.number);
         Ok(())
     }
 
