@@ -27,7 +27,7 @@ pub const KVMPREP_INTENT_READ: u32 = 1;
 /// allocated and userfaultfd never triggered (unless a page is taken away while the job runs; discards must be
 /// announced): the intent for migration targets, postcopy and running guests. The rest is counted as `absent`.
 /// Found by PAGEMAP_SCAN (Linux 6.7), else /proc/self/pagemap. guest_memfd pages without a mapping cannot be
-/// asked about and are left out, as remaining.
+/// asked about and are left out: as remaining, or, where the handle's record says that they are private, as absent.
 pub const KVMPREP_INTENT_RESIDENT: u32 = 2;
 
 /// Fill the host's page tables only.

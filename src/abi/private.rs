@@ -201,8 +201,10 @@ pub const KVMPREP_CONVERT_KEEP_SHARED: u32 = 1;
 ///
 /// It runs on the thread that converts, which has the turn for that memory: from inside, what overlaps cannot be converted or
 /// noted, nor its memslots announced or set (-EDEADLK); kvmprep_memslot_note() must not be called of them. It must neither
-/// wait for a job nor free one, nor take a lock that another thread holds while it calls kvmprep_memslot_changing(),
-/// kvmprep_range_discarded() or kvmprep_visibility_note(), which wait for conversions. It must not unwind.
+/// wait for a job nor free one, nor take a lock that another thread holds while it calls what waits for conversions:
+/// kvmprep_memslot_changing(), kvmprep_memslot_set(), kvmprep_vm_set_memslots(), kvmprep_range_discarded(),
+/// kvmprep_host_range_discarded(), kvmprep_visibility_note(), conversion itself, and all that works on a job or waits for one
+/// (kvmprep_populate(), kvmprep_job_run(), kvmprep_job_wait(), kvmprep_job_free()). It must not unwind.
 pub type kvmprep_changed_fn =
     Option<unsafe extern "C" fn(range: *const kvmprep_range, to: u32, opaque: *mut c_void) -> c_int>;
 
@@ -352,7 +354,8 @@ unsafe fn with_options(
 /// On an error the record (kvmprep_visibility_next()) says what is true in KVM, and `err` from where on (`gpa`, `size`) the
 /// work is not finished. Calling again finishes it. The stage tells what: with KVMPREP_STAGE_HOST or _STAGE2 all is
 /// converted and only not populated: the guest can be run, and faults. With KVMPREP_STAGE_DROP the memory at `gpa` is
-/// converted and its other side not given up.
+/// converted and its other side not given up. Without KVMPREP_CONVERT_ATTRIBUTES the record learns what the caller has told
+/// KVM when the work gets there: after an error that came before, it is KVM's again only when the call has been repeated.
 ///
 /// The record must be KVM's: what the handle was never told of counts as shared, so that making it shared does nothing. Where
 /// memory began as private, note that first (kvmprep_visibility_note()).
