@@ -1339,3 +1339,22 @@ fn hunt_who_waits_for_a_conversion_leaves_when_the_job_ends_or_the_vcpu_is_wante
         });
     }
 }
+
+/// As kvmprep_changed_fn says.
+#[test]
+fn hunt_what_is_said_to_wait_for_conversions_does() {
+    let run = LARGE.pages(512..522);
+    let waits = |blocked: &(dyn Fn(&Guest) + Sync)| {
+        let guest = Guest::new();
+        waits_for_conversion(&guest, run, true, || blocked(&guest));
+    };
+    let mut gone = LARGE.memslot();
+    gone.region.size = 0;
+    waits(&|guest| guest.vm.set(&gone).unwrap());
+    waits(&|guest| guest.vm.set_memslots(&[]).unwrap());
+    waits(&|guest| guest.vm.host_discarded(LARGE.hva(run)));
+    waits(&|guest| {
+        let job = Job::new(&guest.vm, &[LARGE.range()], WRITE).unwrap();
+        job.run(Worker::visitor(&*guest.kernel, Some(VCPU), &[]).unwrap(), &mut |_| {});
+    });
+}
