@@ -1358,3 +1358,33 @@ fn hunt_what_is_said_to_wait_for_conversions_does() {
         job.run(Worker::visitor(&*guest.kernel, Some(VCPU), &[]).unwrap(), &mut |_| {});
     });
 }
+
+/// A huge page of a pool goes as a whole, and KVM then forgets all that it has mapped of it, privately too.
+#[test]
+fn hunt_a_huge_page_that_goes_is_covered_no_more() {
+    const POOL_PAGE: u64 = 16 << 20;
+    let guest = Guest::new();
+    {
+        let mut mappings = guest.kernel.mappings.lock().unwrap();
+        let large = mappings.last_mut().unwrap();
+        *large = Mapping { shared: true, inode: 9, page_size: POOL_PAGE, object: fake_hugetlb(), ..*large };
+    }
+    let page = LARGE.pages(0..POOL_PAGE / PAGE);
+    guest.vm.note_visibility(LARGE.range(), Private).unwrap();
+    guest.kernel.set_attributes(VM, LARGE.range(), 8).unwrap();
+    // Two pages are shared, and private again by one call that names more.
+    for page in [LARGE.pages(1000..1001), LARGE.pages(1500..1501)] {
+        guest.convert(page, Shared).unwrap();
+    }
+    let job = Job::new(&guest.vm, &[page], WRITE).unwrap();
+    job.run(Worker::visitor(&*guest.kernel, Some(VCPU), &[]).unwrap(), &mut |_| {});
+    assert_eq!(guest.vm.coverage(page).1.stage2_write, POOL_PAGE);
+    guest.did();
+    guest.convert(LARGE.pages(900..1600), Private).unwrap();
+    assert_eq!(guest.did().last(), Some(&(Remove, -1, LARGE.hva(page))), "all of it goes");
+    assert_eq!(guest.vm.coverage(page).1.stage2_write, 0);
+}
+
+fn fake_hugetlb() -> kvmprep::kvm::MappedObject {
+    kvmprep::kvm::MappedObject::Hugetlb
+}

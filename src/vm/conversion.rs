@@ -436,7 +436,13 @@ impl Guest for OnVm<'_> {
                 given.kept += part.size();
                 continue;
             }
-            self.host.drop_side(placed, part, out_of_sight, given)?;
+            let late = given.late;
+            let outcome = self.host.drop_side(placed, part, out_of_sight, given);
+            if given.late > late {
+                // A huge page has gone as a whole, and with it what KVM had mapped of it, privately too.
+                self.vm.memory().coverage.discarded(self.site.reach, Loss::Converted);
+            }
+            outcome?;
         }
         Ok(())
     }
