@@ -54,8 +54,8 @@ impl Guest for Willing {
         Ok(())
     }
 
-    fn drop_side(&self, _: Range, _: Visibility) -> Result<Given> {
-        Ok(Given::default())
+    fn drop_side(&self, _: Range, _: Visibility, _: &mut Given) -> Result<()> {
+        Ok(())
     }
 }
 
