@@ -707,7 +707,7 @@
  * allocated and userfaultfd never triggered (unless a page is taken away while the job runs; discards must be
  * announced): the intent for migration targets, postcopy and running guests. The rest is counted as `absent`.
  * Found by PAGEMAP_SCAN (Linux 6.7), else /proc/self/pagemap. guest_memfd pages without a mapping cannot be
- * asked about and are left out, as remaining.
+ * asked about and are left out: as remaining, or, where the handle's record says that they are private, as absent.
  */
 #define KVMPREP_INTENT_RESIDENT 2
 
@@ -1561,8 +1561,10 @@ struct kvmprep_visibility_run {
  *
  * It runs on the thread that converts, which has the turn for that memory: from inside, what overlaps cannot be converted or
  * noted, nor its memslots announced or set (-EDEADLK); kvmprep_memslot_note() must not be called of them. It must neither
- * wait for a job nor free one, nor take a lock that another thread holds while it calls kvmprep_memslot_changing(),
- * kvmprep_range_discarded() or kvmprep_visibility_note(), which wait for conversions. It must not unwind.
+ * wait for a job nor free one, nor take a lock that another thread holds while it calls what waits for conversions:
+ * kvmprep_memslot_changing(), kvmprep_memslot_set(), kvmprep_vm_set_memslots(), kvmprep_range_discarded(),
+ * kvmprep_host_range_discarded(), kvmprep_visibility_note(), conversion itself, and all that works on a job or waits for one
+ * (kvmprep_populate(), kvmprep_job_run(), kvmprep_job_wait(), kvmprep_job_free()). It must not unwind.
  */
 typedef int (*kvmprep_changed_fn)(const struct kvmprep_range *range, uint32_t to, void *opaque);
 
@@ -2247,7 +2249,8 @@ int kvmprep_visibility_note(struct kvmprep_vm *vm,
  * On an error the record (kvmprep_visibility_next()) says what is true in KVM, and `err` from where on (`gpa`, `size`) the
  * work is not finished. Calling again finishes it. The stage tells what: with KVMPREP_STAGE_HOST or _STAGE2 all is
  * converted and only not populated: the guest can be run, and faults. With KVMPREP_STAGE_DROP the memory at `gpa` is
- * converted and its other side not given up.
+ * converted and its other side not given up. Without KVMPREP_CONVERT_ATTRIBUTES the record learns what the caller has told
+ * KVM when the work gets there: after an error that came before, it is KVM's again only when the call has been repeated.
  *
  * The record must be KVM's: what the handle was never told of counts as shared, so that making it shared does nothing. Where
  * memory began as private, note that first (kvmprep_visibility_note()).
