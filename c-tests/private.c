@@ -497,6 +497,28 @@ static void not_all_can_be_private(void) {
     setting_end(&s);
 }
 
+/* A slot all of which is a guest_memfd that is mapped; its descriptor and mapping are the caller's to end. */
+static struct kvmprep_memslot slot_of_mapped_file(const struct vm *vm) {
+    struct kvmprep_error err;
+    struct kvmprep_memslot slot = KVMPREP_MEMSLOT_INIT;
+    int file = kvmprep_gmem_create(vm->fd, SIZE, KVMPREP_GMEM_MMAP, &err);
+    CHECK_OK(file, err);
+    void *mapping = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    CHECK(mapping != MAP_FAILED);
+    slot.slot = MEMORY_SLOT;
+    slot.flags = KVM_MEM_GUEST_MEMFD;
+    slot.gpa = MEMORY_GPA;
+    slot.size = SIZE;
+    slot.hva = (uintptr_t)mapping;
+    slot.guest_memfd = file;
+    return slot;
+}
+
+static void end_mapped_file(const struct kvmprep_memslot *slot) {
+    munmap((void *)(uintptr_t)slot->hva, SIZE);
+    close(slot->guest_memfd);
+}
+
 /*
  * A guest_memfd that is mapped serves both sides of its slot. Nothing goes out of sight when it is converted,
  * so nothing is given up; and the guest, whose mappings are gone, gets them back.
@@ -511,21 +533,11 @@ static void mapped_file_has_one_side(void) {
     struct vcpu vcpu = vcpu_make(&vm, 0);
     struct kvmprep_vm *handle = handle_of(&vm, 0);
     struct kvmprep_error err;
-    struct kvmprep_memslot slot = KVMPREP_MEMSLOT_INIT;
+    struct kvmprep_memslot slot = slot_of_mapped_file(&vm);
     struct kvmprep_memslot_report report;
     struct kvmprep_range part = part_of(FRAME + PAGE, FRAME);
     struct kvmprep_convert_opts opts = KVMPREP_CONVERT_OPTS_INIT;
     struct kvmprep_convert_result result;
-    int file = kvmprep_gmem_create(vm.fd, SIZE, KVMPREP_GMEM_MMAP, &err);
-    CHECK_OK(file, err);
-    void *mapping = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
-    CHECK(mapping != MAP_FAILED);
-    slot.slot = MEMORY_SLOT;
-    slot.flags = KVM_MEM_GUEST_MEMFD;
-    slot.gpa = MEMORY_GPA;
-    slot.size = SIZE;
-    slot.hva = (uintptr_t)mapping;
-    slot.guest_memfd = file;
     CHECK_OK(kvmprep_vm_check_memslot(handle, &slot, KVMPREP_ALIGN_STRICT | KVMPREP_ALIGN_KERNEL, &report,
                                       sizeof(report), &err),
              err);
@@ -545,35 +557,34 @@ static void mapped_file_has_one_side(void) {
         if (has_pre_fault(&vm))
             CHECK(faults_of_touch(&vcpu, TOUCH_WRITE, part.gpa, part.size) <= 1);
     }
-    munmap(mapping, SIZE);
-    close(file);
+    end_mapped_file(&slot);
     CHECK_EQ(kvmprep_vm_free(handle), 0);
     vcpu_end(&vm, &vcpu);
     vm_end(&vm);
 }
 
-/* A slot of a guest_memfd that can be mapped, told of by a thread that is short of something. */
+/* A slot of a guest_memfd that can be mapped, and how a thread tells of it that is short of something. */
 struct telling {
     struct kvmprep_vm *handle;
     struct kvmprep_memslot slot;
-    const char *empty_directory; /* that is all it sees, or NULL: it has no more address space */
     struct kvmprep_error err;
     int result;
     bool is_short;
 };
 
-static void *tell_while_short(void *argument) {
+static void *tell_without_proc(void *argument) {
+    struct telling *t = argument;
+    t->is_short = unshare(CLONE_FS) == 0 && chroot(P_tmpdir) == 0;
+    if (t->is_short)
+        t->result = kvmprep_memslot_set(t->handle, &t->slot, &t->err);
+    return NULL;
+}
+
+static void *tell_without_address_space(void *argument) {
     struct telling *t = argument;
     struct rlimit before, none;
-    if (t->empty_directory != NULL) {
-        t->is_short = unshare(CLONE_FS) == 0 && chroot(t->empty_directory) == 0;
-        if (t->is_short)
-            t->result = kvmprep_memslot_set(t->handle, &t->slot, &t->err);
-        return NULL;
-    }
     t->is_short = getrlimit(RLIMIT_AS, &before) == 0;
-    none = before;
-    none.rlim_cur = PAGE;
+    none = (struct rlimit){.rlim_cur = PAGE, .rlim_max = before.rlim_max};
     t->is_short = t->is_short && setrlimit(RLIMIT_AS, &none) == 0;
     if (t->is_short) {
         t->result = kvmprep_memslot_note(t->handle, &t->slot, &t->err);
@@ -582,59 +593,46 @@ static void *tell_while_short(void *argument) {
     return NULL;
 }
 
-/*
- * Nor is anything given up where it could not be seen, when the slot was told of, that the file can be mapped:
- * by a thread without /proc, or in a process that can map nothing more.
- */
-static void mapped_file_has_one_side_though_it_was_not_seen(void) {
-    char directory[] = P_tmpdir "/kvmprep-test-XXXXXX";
-    CHECK(mkdtemp(directory) != NULL);
-    for (int i = 0; i < 2; i++) {
-        struct vm vm = vm_make_private();
-        if (!(extension(&vm, KVM_CAP_GUEST_MEMFD_FLAGS) & KVMPREP_GMEM_MMAP)) {
-            rmdir(directory);
-            check_skipped("this kernel's guest_memfd cannot be mapped: needs Linux 6.18");
-        }
-        struct telling t = {.handle = handle_of(&vm, 0), .empty_directory = i == 0 ? directory : NULL};
-        struct kvmprep_range part = part_of(FRAME + PAGE, FRAME);
-        struct kvmprep_convert_opts opts = KVMPREP_CONVERT_OPTS_INIT;
-        struct kvmprep_convert_result result;
-        pthread_t thread;
-        int file = kvmprep_gmem_create(vm.fd, SIZE, KVMPREP_GMEM_MMAP, &t.err);
-        CHECK_OK(file, t.err);
-        void *mapping = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
-        CHECK(mapping != MAP_FAILED);
-        t.slot = (struct kvmprep_memslot)KVMPREP_MEMSLOT_INIT;
-        t.slot.slot = MEMORY_SLOT;
-        t.slot.flags = KVM_MEM_GUEST_MEMFD;
-        t.slot.gpa = MEMORY_GPA;
-        t.slot.size = SIZE;
-        t.slot.hva = (uintptr_t)mapping;
-        t.slot.guest_memfd = file;
-        if (i == 1)
-            CHECK_OK(kvmprep_memslot_set(t.handle, &t.slot, &t.err), t.err);
-        CHECK_EQ(pthread_create(&thread, NULL, tell_while_short, &t), 0);
-        pthread_join(thread, NULL);
-        if (!t.is_short) {
-            rmdir(directory);
-            check_skipped("this user may not hide /proc from a thread (chroot)");
-        }
-        CHECK_OK(t.result, t.err);
-        opts.result = &result;
-        opts.result_size = sizeof(result);
-        for (uint32_t to = KVMPREP_PRIVATE, n = 0; n < 2; n++, to = KVMPREP_SHARED) {
-            CHECK_OK(kvmprep_convert(t.handle, &part, to, &opts, &t.err), t.err);
-            printf("  %s: to %u, dropped %llu\n", i == 0 ? "no /proc" : "no address space", to,
-                   (unsigned long long)result.dropped);
-            CHECK_EQ(result.converted, part.size);
-            CHECK_EQ(result.dropped, 0);
-        }
-        munmap(mapping, SIZE);
-        close(file);
-        CHECK_EQ(kvmprep_vm_free(t.handle), 0);
-        vm_end(&vm);
-    }
-    rmdir(directory);
+static void convert_without_loss(struct kvmprep_vm *handle, uint32_t to) {
+    struct kvmprep_range part = part_of(FRAME + PAGE, FRAME);
+    struct kvmprep_convert_opts opts = KVMPREP_CONVERT_OPTS_INIT;
+    struct kvmprep_convert_result result;
+    struct kvmprep_error err;
+    opts.result = &result;
+    opts.result_size = sizeof(result);
+    CHECK_OK(kvmprep_convert(handle, &part, to, &opts, &err), err);
+    CHECK_EQ(result.converted, part.size);
+    CHECK_EQ(result.dropped, 0);
+}
+
+/* Nor is anything given up where it could not be seen, when the slot was told of, that the file can be
+ * mapped. */
+static void one_side_as_told_by(void *(*tell)(void *), bool is_set_before) {
+    struct vm vm = vm_make_private();
+    if (!(extension(&vm, KVM_CAP_GUEST_MEMFD_FLAGS) & KVMPREP_GMEM_MMAP))
+        check_skipped("this kernel's guest_memfd cannot be mapped: needs Linux 6.18");
+    struct telling t = {.handle = handle_of(&vm, 0), .slot = slot_of_mapped_file(&vm)};
+    pthread_t thread;
+    if (is_set_before)
+        CHECK_EQ(slot_set(&vm, &t.slot), 0);
+    CHECK_EQ(pthread_create(&thread, NULL, tell, &t), 0);
+    pthread_join(thread, NULL);
+    if (!t.is_short)
+        check_skipped("this user may not take that from a thread");
+    CHECK_OK(t.result, t.err);
+    convert_without_loss(t.handle, KVMPREP_PRIVATE);
+    convert_without_loss(t.handle, KVMPREP_SHARED);
+    end_mapped_file(&t.slot);
+    CHECK_EQ(kvmprep_vm_free(t.handle), 0);
+    vm_end(&vm);
+}
+
+static void mapped_file_has_one_side_without_proc(void) {
+    one_side_as_told_by(tell_without_proc, false);
+}
+
+static void mapped_file_has_one_side_without_address_space(void) {
+    one_side_as_told_by(tell_without_address_space, true);
 }
 
 /* ---- The initial image ---- */
@@ -747,7 +745,8 @@ int main(int argc, char **argv) {
         {"conversion_drops_coverage", conversion_drops_coverage},
         {"not_all_can_be_private", not_all_can_be_private},
         {"mapped_file_has_one_side", mapped_file_has_one_side},
-        {"mapped_file_has_one_side_though_it_was_not_seen", mapped_file_has_one_side_though_it_was_not_seen},
+        {"mapped_file_has_one_side_without_proc", mapped_file_has_one_side_without_proc},
+        {"mapped_file_has_one_side_without_address_space", mapped_file_has_one_side_without_address_space},
         {"claims", claims},
         {"populate_before_the_seal", populate_before_the_seal},
     };
