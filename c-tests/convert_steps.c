@@ -10,6 +10,7 @@
 #include "support/converting.h"
 #include "support/guest.h"
 #include "support/host.h"
+#include "support/policy.h"
 #include <errno.h>
 #include <limits.h>
 #include <sys/ioctl.h>
@@ -602,6 +603,7 @@ static void populating_both_kinds_anon(void) {
 }
 
 static void populating_both_kinds_memfd(void) {
+    need_small_shared_pages();
     populating_both_kinds(MEMFD_SHARED);
 }
 

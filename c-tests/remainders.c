@@ -8,6 +8,7 @@
  */
 #define _GNU_SOURCE
 #include "support/check.h"
+#include "support/policy.h"
 #include "support/setting.h"
 #include <errno.h>
 #include <stdlib.h>
@@ -178,6 +179,7 @@ static void check_part(enum kind kind, uint64_t gpa, uint64_t size) {
 
 /* No tail is skipped, whatever it is aligned to. */
 static void populate_parts(void) {
+    need_small_shared_pages();
     const enum kind kinds[] = {ANON_4K, MEMFD_SHARED};
     for (size_t i = 0; i < sizeof(kinds) / sizeof(kinds[0]); i++) {
         check_part(kinds[i], MEMORY_GPA, PAGE);

@@ -6,6 +6,7 @@
  */
 #define _GNU_SOURCE
 #include "support/check.h"
+#include "support/policy.h"
 #include "support/setting.h"
 #include <errno.h>
 #include <pthread.h>
@@ -173,6 +174,7 @@ static void populate_skipping_what_is_covered(void) {
 }
 
 static void populate_shared_memory(void) {
+    need_small_shared_pages();
     in_storms(MEMFD_SHARED, again_skipping_what_is_covered);
 }
 

@@ -5,6 +5,7 @@
  */
 #define _GNU_SOURCE
 #include "support/check.h"
+#include "support/policy.h"
 #include "support/setting.h"
 #include <errno.h>
 #include <pthread.h>
@@ -311,6 +312,7 @@ static void many_small_slots(void) {
 
 /* Two slots of different backings: what each took, and what KVM says has come of it. */
 static void sums(void) {
+    need_small_shared_pages();
     struct setting s = setting_make(ANON_4K, SIZE);
     struct memory shared = memory_make(&s.vm, MEMFD_SHARED, SIZE / 2);
     struct kvmprep_memslot slot = slot_of(2, MEMORY_GPA + SIZE, &shared);

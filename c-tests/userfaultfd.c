@@ -246,6 +246,7 @@ static void the_zero_page_is_not_resident(void) {
 }
 
 static void the_huge_zero_page_is_not_resident(void) {
+    need_huge_zero_page();
     only_zeroes(ANON_THP, SIZE);
 }
 

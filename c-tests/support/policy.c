@@ -94,10 +94,34 @@ void policy_restore(void) {
             write_setting(setting, found[setting]);
 }
 
-void need_huge_pages_on_advice(void) {
+/* Whether the setting for 2 MiB pages is one of these words, or the one for all sizes where that counts. */
+static bool is_chosen(enum setting of_2m, enum setting of_all, const char *const words[], size_t n) {
     char chosen[sizeof(found[0])] = "never";
-    if (!read_setting(ENABLED_2M, chosen, sizeof(chosen)) || strcmp(chosen, "inherit") == 0)
-        read_setting(ENABLED, chosen, sizeof(chosen));
-    if (strcmp(chosen, "never") == 0 || prctl(PR_GET_THP_DISABLE, 0L, 0L, 0L, 0L) > 0)
+    if (!read_setting(of_2m, chosen, sizeof(chosen)) || strcmp(chosen, "inherit") == 0)
+        read_setting(of_all, chosen, sizeof(chosen));
+    for (size_t i = 0; i < n; i++)
+        if (strcmp(chosen, words[i]) == 0)
+            return true;
+    return false;
+}
+
+void need_huge_pages_on_advice(void) {
+    static const char *const off[] = {"never"};
+    if (is_chosen(ENABLED_2M, ENABLED, off, 1) || prctl(PR_GET_THP_DISABLE, 0L, 0L, 0L, 0L) > 0)
         check_skipped("no transparent huge pages: they are turned off, here or everywhere");
+}
+
+void need_small_shared_pages(void) {
+    static const char *const on[] = {"always", "within_size", "force"};
+    if (is_chosen(SHMEM_2M, SHMEM, on, 3))
+        check_skipped("shared memory has huge pages on this machine, without advice");
+}
+
+void need_huge_zero_page(void) {
+    FILE *file = fopen(DIRECTORY "use_zero_page", "r");
+    int is_used = file == NULL ? '0' : fgetc(file);
+    if (file != NULL)
+        fclose(file);
+    if (is_used != '1')
+        check_skipped("this machine has no huge zero page, or does not use it");
 }

@@ -32,5 +32,9 @@ void policy_restore(void);
 
 /* Skips the case where anonymous memory gets no huge pages even where it is advised to have them. */
 void need_huge_pages_on_advice(void);
+/* The same, where shared memory gets huge pages that nobody has advised. */
+void need_small_shared_pages(void);
+/* The same, where what is read first in a huge page's place is not the one of zeroes. */
+void need_huge_zero_page(void);
 
 #endif
