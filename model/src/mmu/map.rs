@@ -70,11 +70,8 @@ impl Shared<'_> {
             Err(result) => return result,
         };
         let frame = mapping.pfn.rounded_down(mapping.goal_level);
-        if target.is_leaf() {
-            if target.old.pfn() != frame {
-                return self
-                    .bug(|| format!("{:?} is mapped to {:?}, not to {frame:?}", target.gfn, target.old));
-            }
+        if target.is_leaf() && target.old.pfn() != frame {
+            return self.bug(|| format!("{:?} is mapped to {:?}, not to {frame:?}", target.gfn, target.old));
         }
         if self.keeps(&target, mapping.kind, mapping.is_prefetch) {
             return MapResult::Spurious;
