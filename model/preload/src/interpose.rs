@@ -431,6 +431,10 @@ pub unsafe extern "C" fn fclose(file: *mut libc::FILE) -> c_int {
 /// That of the C function of this name.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dup2(old: c_int, new: c_int) -> c_int {
+    if is_own(new) {
+        inside::set_errno(libc::EBADF);
+        return -1;
+    }
     let inode = about_to_close(new);
     // SAFETY: the caller's.
     closed(inode, unsafe { real::dup2(old, new) })
@@ -443,6 +447,10 @@ pub unsafe extern "C" fn dup2(old: c_int, new: c_int) -> c_int {
 /// That of the C function of this name.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dup3(old: c_int, new: c_int, flags: c_int) -> c_int {
+    if is_own(new) {
+        inside::set_errno(libc::EBADF);
+        return -1;
+    }
     let inode = about_to_close(new);
     // SAFETY: the caller's.
     closed(inode, unsafe { real::dup3(old, new, flags) })

@@ -98,6 +98,23 @@ preloaded! {
         assert_eq!(vm.set_file_region(2, 2 * GPA, memory(SIZE), SIZE, 99), Err(libc::EBADF));
     }
 
+    fn nothing_is_put_over_the_models_own_descriptors() {
+        let vm = Vm::new();
+        let vcpu = vm.vcpu(0);
+        let other = open(c"/dev/null").expect("a file");
+        // Where the model keeps its own.
+        for fd in 512..540 {
+            // SAFETY: of the program's numbers none is so high.
+            unsafe {
+                libc::dup2(other, fd);
+                libc::dup3(other, fd, libc::O_CLOEXEC);
+            }
+        }
+        assert_eq!(vm.set_region(1, GPA, memory(SIZE), SIZE), Ok(0));
+        assert_eq!(vcpu.pre_fault(GPA, SIZE), (Ok(0), 0));
+        Vm::new();
+    }
+
     fn a_file_that_a_stream_closes_is_closed() {
         let vm = Vm::new();
         let left_open = |close: fn(c_int)| {
