@@ -147,7 +147,10 @@ impl Vm {
     pub fn create_guest_memfd(&self, size: u64, flags: u64) -> Result<Arc<GuestMemfd>> {
         self.check_alive()?;
         let file = GuestMemfd::create(&self.rules(), size, flags, &*self.host, self.gmem_user())?;
-        lock(&self.files).push(Arc::downgrade(&file));
+        let mut files = lock(&self.files);
+        files.retain(|file| file.strong_count() > 0);
+        files.push(Arc::downgrade(&file));
+        drop(files);
         Ok(file)
     }
 
@@ -255,4 +258,22 @@ impl Vm {
 /// A lock that no thread leaves poisoned behind: a panic is the model's own bug and ends the test.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().expect("no thread has failed")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::simulated::{Settings, SimulatedHost};
+    use crate::personality::Version;
+    use crate::units::PAGE_SIZE;
+
+    #[test]
+    fn guest_memfds_that_have_gone_are_forgotten() {
+        let version = Version(7, 3);
+        let host = SimulatedHost::new(Settings::new(version));
+        let vm =
+            Vm::new(&Machine::new(Personality::with_everything(version), host), VmType::Default).unwrap();
+        (0..3).for_each(|_| drop(vm.create_guest_memfd(PAGE_SIZE, 0).unwrap()));
+        assert_eq!(lock(&vm.files).len(), 1);
+    }
 }
