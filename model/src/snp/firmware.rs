@@ -2,6 +2,7 @@
 //!
 //! It takes frames only in the state that its own rules want, and only while the guest is launched. It knows nothing of KVM.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError};
 
 use super::measurement::LaunchDigest;
@@ -99,7 +100,7 @@ pub struct Firmware {
 
 #[derive(Default)]
 struct Numbers {
-    used: u32,
+    used: BTreeSet<u32>,
     available: u32,
 }
 
@@ -126,7 +127,7 @@ enum Stage {
 impl Firmware {
     /// The firmware of a machine that has numbers for so many guests, and finds these bits of a CPUID page good.
     pub fn new(host: Arc<dyn HostMemory>, rmp: Arc<Rmp>, guests: u32, cpuid: u64) -> Arc<Self> {
-        let numbers = Mutex::new(Numbers { used: 0, available: guests });
+        let numbers = Mutex::new(Numbers { used: BTreeSet::new(), available: guests });
         Arc::new(Firmware { host, rmp, cpuid, failures: Failures::default(), numbers })
     }
 
@@ -143,11 +144,14 @@ impl Firmware {
     /// A number for a new guest, if there is one. (KVM's own doing, but one a machine.)
     pub fn new_asid(&self) -> Option<u32> {
         let mut numbers = lock(&self.numbers);
-        if numbers.used == numbers.available {
-            return None;
-        }
-        numbers.used += 1;
-        Some(numbers.used)
+        let number = (1..=numbers.available).find(|number| !numbers.used.contains(number))?;
+        numbers.used.insert(number);
+        Some(number)
+    }
+
+    /// The guest of that number has gone (`sev_asid_free`).
+    pub fn give_asid_back(&self, asid: u32) {
+        lock(&self.numbers).used.remove(&asid);
     }
 
     /// SNP_GCTX_CREATE.

@@ -420,6 +420,14 @@ impl Snp {
     }
 }
 
+impl Drop for Snp {
+    fn drop(&mut self) {
+        if let Some(asid) = self.asid() {
+            self.firmware.give_asid_back(asid);
+        }
+    }
+}
+
 fn is_policy_good(personality: &Personality, policy: u64) -> bool {
     let (must_be_one, known) = if personality.snp_leaves_topology_to_policy() {
         (POLICY_RESERVED_ONE, POLICY_KNOWN)

@@ -162,6 +162,9 @@ fn numbers_of_guests_run_out() {
     let other = Snp::new(guest.firmware.clone(), || ());
     let mut init = User::new(Call::Init2(User::new(Init2::default())).command());
     assert_eq!(other.command(&guest.vm, Some(&mut init)), Err(Errno::EBUSY));
+    let Guest { snp, vm, .. } = guest;
+    drop(snp);
+    assert_eq!(other.command(&vm, Some(&mut init)), Ok(()), "one has gone");
 }
 
 #[test]
