@@ -21,7 +21,7 @@ use kvmprep_model::errno::{Errno, Result};
 use kvmprep_model::personality::VmType;
 use kvmprep_model::snp::{Firmware, Rmp, RmpHost};
 use kvmprep_model::tdx::Module;
-use kvmprep_model::vm::{Machine, Vm};
+use kvmprep_model::vm::{MOST_VCPUS, Machine, Vm};
 use std::ffi::c_int;
 use std::os::fd::RawFd;
 use std::sync::{Arc, OnceLock};
@@ -33,8 +33,6 @@ const GUESTS: u32 = 64;
 /// The firmware finds every CPUID page good but those whose first word has its highest bit set, so that there are some which it
 /// corrects.
 const GOOD_CPUID: u64 = u64::MAX >> 1;
-/// `KVM_MAX_VCPUS`.
-const MOST_VCPUS: i64 = 1024;
 /// `KVM_MAX_VCPU_IDS`: how many numbers they can have.
 pub const MOST_VCPU_NUMBERS: u64 = 4096;
 /// `KVM_MAX_IRQ_ROUTES`.
@@ -134,7 +132,7 @@ pub fn check_extension(vm: Option<&Vm>, capability: u64) -> i64 {
         | KVM_CAP_ENABLE_CAP_VM
         | KVM_CAP_BINARY_STATS_FD => 1,
         KVM_CAP_NR_VCPUS => std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as i64),
-        KVM_CAP_MAX_VCPUS => MOST_VCPUS,
+        KVM_CAP_MAX_VCPUS => MOST_VCPUS as i64,
         KVM_CAP_MAX_VCPU_ID => MOST_VCPU_NUMBERS as i64,
         // QEMU does not begin without these, and can be told to do without what they are for (kernel-irqchip=off): where that is
         // asked for all the same, it is refused by name.

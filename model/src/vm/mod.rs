@@ -41,6 +41,9 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
+/// `KVM_MAX_VCPUS`: how many vCPUs a virtual machine can ever have.
+pub const MOST_VCPUS: usize = 1024;
+
 /// A virtual machine.
 pub struct Vm {
     me: Weak<Vm>,
@@ -125,10 +128,13 @@ impl Vm {
         Ok(vm)
     }
 
-    /// KVM_CREATE_VCPU: EEXIST if there is one of this number.
+    /// KVM_CREATE_VCPU: EINVAL if there are as many as there can be, EEXIST if there is one of this number.
     pub fn create_vcpu(&self, number: u32) -> Result<Arc<Vcpu>> {
         self.check_alive()?;
         let mut vcpus = lock(&self.vcpus);
+        if vcpus.len() >= MOST_VCPUS {
+            return Err(Errno::EINVAL);
+        }
         if vcpus.contains_key(&number) {
             return Err(Errno::EEXIST);
         }

@@ -75,4 +75,13 @@ preloaded! {
         assert_eq!(std::fs::read_to_string(&path).expect("the file"), "content");
         std::fs::remove_file(path).expect("the file");
     }
+
+    fn there_are_no_more_vcpus_than_is_said() {
+        let vm = Vm::new();
+        let most = ioctl(vm.fd, CHECK_EXTENSION, 66).expect("KVM_CAP_MAX_VCPUS") as u64;
+        for number in 0..most {
+            close(ioctl(vm.fd, CREATE_VCPU, number).expect("a vCPU"));
+        }
+        assert_eq!(ioctl(vm.fd, CREATE_VCPU, most), Err(libc::EINVAL));
+    }
 }
