@@ -211,6 +211,9 @@ impl VcpuObject {
         if let Some(fault) = self.model.memory_fault_of_pre_fault() {
             self.page.set_memory_fault(fault);
         }
+        if self.model.was_pre_fault_interrupted() {
+            self.page.set_exit_reason(KVM_EXIT_INTR);
+        }
         (range.gpa, range.size) = (left.gpa, left.size);
         user::write(argument, &range)?;
         answer.map(|()| 0)

@@ -38,11 +38,13 @@ pub(super) struct FaultError {
     pub(super) errno: Errno,
     /// What the VMM is told beside the error.
     pub(super) exit: Option<MemoryFault>,
+    /// A signal ended the search for a frame (`kvm_handle_signal_exit`).
+    pub(super) is_interrupted: bool,
 }
 
 impl From<Errno> for FaultError {
     fn from(errno: Errno) -> Self {
-        FaultError { errno, exit: None }
+        FaultError { errno, exit: None, is_interrupted: false }
     }
 }
 
@@ -91,7 +93,8 @@ impl Fault {
 
     fn error_with_exit(&self, errno: Errno) -> FaultError {
         let flags = if self.privacy == Privacy::Private { EXIT_PRIVATE } else { 0 };
-        FaultError { errno, exit: Some(MemoryFault { gpa: self.gfn.gpa(), size: PAGE_SIZE, flags }) }
+        let exit = Some(MemoryFault { gpa: self.gfn.gpa(), size: PAGE_SIZE, flags });
+        FaultError { errno, exit, is_interrupted: false }
     }
 }
 
@@ -198,7 +201,10 @@ impl Vcpu {
                 Ok(Search::Found(Found { slot, pfn: page.pfn, is_writable, max_level, before }))
             }
             Err(FollowError::NoMapping) => Err(Errno::EFAULT.into()),
-            Err(FollowError::Interrupted) => Err(Errno::EINTR.into()),
+            Err(FollowError::Interrupted) => {
+                self.counters.signal_exits.count();
+                Err(FaultError { errno: Errno::EINTR, exit: None, is_interrupted: true })
+            }
             Err(FollowError::Poisoned) => {
                 self.send_signal();
                 Ok(Search::Ended(Outcome::Retry))

@@ -42,7 +42,7 @@ impl Vcpu {
             return Err(Errno::EINVAL);
         }
         let mut state = self.enter();
-        state.told = None;
+        (state.told, state.is_interrupted) = (None, false);
         let is_aligned = (range.gpa | range.size) % PAGE_SIZE == 0;
         let end = range.gpa.wrapping_add(range.size);
         if range.flags != 0 || !is_aligned || end <= range.gpa {
@@ -102,8 +102,8 @@ impl Vcpu {
                 Ok(Outcome::Fixed | Outcome::Spurious) => break fault.goal_level,
                 Ok(Outcome::Retry) => {}
                 Ok(Outcome::Emulate) => return Err(Errno::ENOENT),
-                Err(FaultError { errno, exit }) => {
-                    state.told = exit;
+                Err(FaultError { errno, exit, is_interrupted }) => {
+                    (state.told, state.is_interrupted) = (exit, is_interrupted);
                     return Err(errno);
                 }
             }

@@ -69,6 +69,7 @@ pub(super) struct State {
     pub(super) is_in_smm: bool,
     pub(super) nested: Option<Nested>,
     pub(super) told: Option<MemoryFault>,
+    pub(super) is_interrupted: bool,
     direct: Option<Root>,
     mirror: Option<Root>,
 }
@@ -114,6 +115,11 @@ impl Vcpu {
     /// What `struct kvm_run` tells of a fault that the last pre-fault came upon, if it came upon one.
     pub fn memory_fault_of_pre_fault(&self) -> Option<MemoryFault> {
         lock(&self.state).told
+    }
+
+    /// Whether `struct kvm_run` tells of the last pre-fault that a signal ended its search for a frame (`KVM_EXIT_INTR`).
+    pub fn was_pre_fault_interrupted(&self) -> bool {
+        lock(&self.state).is_interrupted
     }
 
     /// Whether it is in system management mode, which has its own address space and root. A vCPU whose state the host cannot
