@@ -176,7 +176,13 @@ impl GuestMemfd {
             return Err(Errno::EINVAL);
         }
         let _bindings = self.bindings.read().expect(NO_PANIC);
-        (start / PAGE_SIZE..end / PAGE_SIZE).try_for_each(|index| self.inode.page(index, PRESENT).map(drop))
+        // What was allocated before a signal stays.
+        (start / PAGE_SIZE..end / PAGE_SIZE).try_for_each(|index| {
+            if self.inode.frames.is_signal_pending() {
+                return Err(Errno::EINTR);
+            }
+            self.inode.page(index, PRESENT).map(drop)
+        })
     }
 
     /// What `mmap(2)` refuses of this file alone. (Before that the kernel refuses PROT_EXEC, with EPERM.)

@@ -104,6 +104,11 @@ pub trait FileFrames: Send + Sync {
     /// The frame of a page: a zeroed one at the first call, afterwards the same one.
     fn allocate(&self, index: u64) -> Result<Pfn, Errno>;
 
+    /// Whether the calling thread has a signal to handle, as far as the host knows.
+    fn is_signal_pending(&self) -> bool {
+        false
+    }
+
     /// Gives a frame back, if there is one. Where the process has mapped it, that mapping goes first and notifiers are
     /// called: the caller holds no MMU lock.
     fn release(&self, index: u64);

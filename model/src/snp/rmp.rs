@@ -178,6 +178,10 @@ impl FileFrames for RmpFrames {
         Ok(pfn)
     }
 
+    fn is_signal_pending(&self) -> bool {
+        self.frames.is_signal_pending()
+    }
+
     fn release(&self, index: u64) {
         if let Some(pfn) = self.allocated().remove(&index) {
             self.take_back(pfn);

@@ -118,6 +118,10 @@ impl FileFrames for Frames {
         Ok(Pfn(FIRST + self.block(&host, index / BLOCK) * BLOCK + index % BLOCK))
     }
 
+    fn is_signal_pending(&self) -> bool {
+        super::signals::is_pending()
+    }
+
     fn release(&self, index: u64) {
         let Some(host) = self.host.upgrade() else { return };
         let punch = || {

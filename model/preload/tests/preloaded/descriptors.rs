@@ -259,6 +259,13 @@ preloaded! {
         }
     }
 
+    fn a_signal_ends_the_allocation_of_a_file_between_pages() {
+        const LARGE: u64 = 4096 * MIB;
+        let file = Vm::new().guest_memfd(LARGE, 0).expect("a file");
+        signal_every(Duration::from_millis(5));
+        assert_eq!(fallocate(file, libc::FALLOC_FL_KEEP_SIZE, 0, LARGE), Err(libc::EINTR));
+    }
+
     fn a_handler_may_close_the_last_descriptor_in_the_midst_of_the_programs_malloc() {
         let vm = Vm::new();
         SHARED.store(vm.fd, Ordering::Relaxed);
