@@ -7,12 +7,40 @@ use crate::host::signals::Blocked;
 use crate::inside::{self, Inside};
 use kvmprep_model::errno::Result;
 use std::ffi::{c_int, c_void};
+use std::ptr;
 
 /// Held while a call is answered.
 pub struct Guard {
     // Dropped first: a handler that runs as soon as signals are let in again is outside.
     inside: Inside,
     signals: Blocked,
+    _uncancelled: Uncancelled,
+}
+
+/// While it is held, the thread is not cancelled (`pthread_cancel`): what the model calls of the C library is no concern of the
+/// program's, and `ioctl` is no place where a thread ends.
+struct Uncancelled(c_int);
+
+unsafe extern "C" {
+    fn pthread_setcancelstate(state: c_int, old: *mut c_int) -> c_int;
+}
+
+const PTHREAD_CANCEL_DISABLE: c_int = 1;
+
+impl Uncancelled {
+    fn new() -> Self {
+        let mut before = 0;
+        // SAFETY: there is room for what is written.
+        unsafe { pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &mut before) };
+        Uncancelled(before)
+    }
+}
+
+impl Drop for Uncancelled {
+    fn drop(&mut self) {
+        // SAFETY: it is what was before.
+        unsafe { pthread_setcancelstate(self.0, ptr::null_mut()) };
+    }
 }
 
 /// What a function of the C library answers when it fails.
@@ -36,8 +64,9 @@ impl Failing for *mut c_void {
 impl Guard {
     /// Comes in.
     pub fn enter() -> Self {
+        let uncancelled = Uncancelled::new();
         let signals = Blocked::new();
-        Guard { inside: inside::enter(), signals }
+        Guard { inside: inside::enter(), signals, _uncancelled: uncancelled }
     }
 
     /// Goes out, with the answer.

@@ -5,6 +5,9 @@ use crate::kvm::*;
 use kvm_bindings::*;
 use std::ffi::c_int;
 use std::ptr;
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::Duration;
 
 const SIZE: u64 = MIB;
 const PORT: u32 = 0x10;
@@ -197,6 +200,31 @@ preloaded! {
         assert_eq!(vcpu.run(), Err(libc::EINTR));
         assert_eq!(vcpu.exit_reason(), KVM_EXIT_INTR);
         assert_eq!(vcpu.statistic("signal_exits"), 1);
+    }
+
+    fn a_thread_is_not_cancelled_while_it_runs_the_guest() {
+        let (_vm, vcpu, _) = guest();
+        assert_eq!(set_steps(&vcpu, &[step(LOOP)]), 0);
+        extern "C" fn nothing(_: c_int) {}
+        // SAFETY: the handler does nothing.
+        unsafe { libc::signal(libc::SIGUSR1, nothing as extern "C" fn(c_int) as usize) };
+        let (tell, told) = channel();
+        let vcpu = vcpu.fd;
+        let runner = thread::spawn(move || {
+            // SAFETY: it asks who it is.
+            tell.send(unsafe { libc::pthread_self() }).expect("who waits for it");
+            ioctl(vcpu, RUN, 0)
+        });
+        let thread = told.recv().expect("the thread");
+        thread::sleep(Duration::from_millis(50));
+        // SAFETY: the thread has not been joined.
+        assert_eq!(unsafe { libc::pthread_cancel(thread) }, 0);
+        while !runner.is_finished() {
+            thread::sleep(Duration::from_millis(50));
+            // SAFETY: as before.
+            unsafe { libc::pthread_kill(thread, libc::SIGUSR1) };
+        }
+        assert_eq!(runner.join().expect("it ended by itself"), Err(libc::EINTR));
     }
 
     fn steps_that_make_no_sense_are_refused() {
