@@ -152,6 +152,9 @@ pub unsafe extern "C" fn kvmprep_model_fail(what: *const c_char) -> c_int {
             say::line(format_args!("{why}"));
             Errno::EINVAL
         })?;
+        if settings::plan(&plans).is_ok() {
+            return Ok(0);
+        }
         if plans.is_empty() {
             failing::clear(system::machine());
         }

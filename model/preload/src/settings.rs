@@ -96,6 +96,14 @@ pub fn set_kernel(name: &str) -> Result<()> {
     })
 }
 
+/// Has further calls fail once the machine is made, or without any none: EBUSY when it is.
+pub fn plan(plans: &[Plan]) -> Result<()> {
+    change(|settings| {
+        let before = if plans.is_empty() { &[][..] } else { &settings.failures };
+        Ok(Settings { failures: [before, plans].concat(), ..settings.clone() })
+    })
+}
+
 /// Offers other types of virtual machines: EBUSY when the machine is made.
 pub fn set_vm_types(names: &str) -> Result<()> {
     change(|settings| {

@@ -94,4 +94,15 @@ preloaded! {
         let mut why = [1u8; 64];
         assert_eq!((with_room(c"kvmprep_model_check", &vm, &mut why), why[0]), (0, 0));
     }
+
+    fn what_is_to_fail_can_be_said_before_the_kernel_is_chosen() {
+        assert_eq!(with_text(c"kvmprep_model_fail", "ioctl KVM_CREATE_VM:1:EBUSY"), 0);
+        assert_eq!(with_text(c"kvmprep_model_fail", ""), 0);
+        assert_eq!(with_text(c"kvmprep_model_fail", "ioctl KVM_CREATE_VM:1:ENOMEM,mng_create:1:busy"), 0);
+        assert_eq!(with_text(c"kvmprep_model_set_kernel", "6.12"), 0);
+        assert_eq!(with_text(c"kvmprep_model_set_vm_types", "default,sw_protected"), 0);
+        let kvm = open(c"/dev/kvm").expect("the model is here");
+        assert_eq!(with_text(c"kvmprep_model_set_kernel", "6.1"), -libc::EBUSY);
+        assert_eq!(ioctl(kvm, CREATE_VM, 0), Err(libc::ENOMEM));
+    }
 }
