@@ -229,6 +229,11 @@ impl Personality {
         self.version >= Version(7, 0)
     }
 
+    /// Whether a vCPU has `KVM_MEMORY_ENCRYPT_OP`, which came with TDX.
+    pub fn has_commands_of_vcpus(&self) -> bool {
+        self.version >= Version(6, 16)
+    }
+
     /// Whether there is KVM_SEV_SNP_ENABLE_REQ_CERTS.
     pub fn snp_asks_for_certificates(&self) -> bool {
         self.version >= Version(7, 0)

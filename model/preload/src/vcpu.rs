@@ -140,6 +140,15 @@ impl VcpuObject {
         if self.model.vm().is_dead() {
             return Err(Errno::EIO);
         }
+        let personality = self.model.vm().personality();
+        let is_unknown = match request {
+            KVM_MEMORY_ENCRYPT_OP => !personality.has_commands_of_vcpus(),
+            KVM_PRE_FAULT_MEMORY => !personality.has_pre_fault(),
+            _ => false,
+        };
+        if is_unknown {
+            return Err(Errno::EINVAL);
+        }
         // What is asked of a confidential guest takes its own locks.
         if request == KVM_MEMORY_ENCRYPT_OP {
             return match self.model.vm().vm_type() {

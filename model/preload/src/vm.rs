@@ -73,6 +73,16 @@ impl VmObject {
         if self.model.is_dead() {
             return Err(Errno::EIO);
         }
+        let personality = self.model.personality();
+        let is_unknown = match request {
+            KVM_SET_USER_MEMORY_REGION2 => !personality.has_memory_region2(),
+            KVM_SET_MEMORY_ATTRIBUTES => !personality.has_memory_attributes(),
+            KVM_CREATE_GUEST_MEMFD => !personality.has_guest_memfd(),
+            _ => false,
+        };
+        if is_unknown {
+            return Err(Errno::ENOTTY);
+        }
         match request {
             KVM_CHECK_EXTENSION => Ok(system::check_extension(Some(&self.model), argument)),
             KVM_CREATE_VCPU => VcpuObject::create(self, argument).map(i64::from),

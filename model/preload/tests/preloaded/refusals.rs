@@ -66,6 +66,29 @@ fn the_release_is_the_modelled_kernels() {
     });
 }
 
+#[test]
+fn what_a_kernel_has_not_is_refused_before_its_argument_is_read() {
+    let name = concat!(module_path!(), "::what_a_kernel_has_not_is_refused_before_its_argument_is_read");
+    run(name, &[("KVMPREP_MODEL_KERNEL", "6.1")], || {
+        let vm = Vm::new();
+        for request in [SET_REGION2, SET_ATTRIBUTES, CREATE_GUEST_MEMFD] {
+            assert_eq!(ioctl(vm.fd, request, 0), Err(libc::ENOTTY), "{request:#x}");
+        }
+        let vcpu = vm.vcpu(0);
+        for request in [PRE_FAULT, ENCRYPT_OP] {
+            assert_eq!(ioctl(vcpu.fd, request, 0), Err(libc::EINVAL), "{request:#x}");
+        }
+    });
+}
+
+#[test]
+fn vcpus_have_commands_since_tdx() {
+    let name = concat!(module_path!(), "::vcpus_have_commands_since_tdx");
+    run(name, &[("KVMPREP_MODEL_KERNEL", "6.12")], || {
+        assert_eq!(ioctl(Vm::new().vcpu(0).fd, ENCRYPT_OP, 0), Err(libc::EINVAL));
+    });
+}
+
 preloaded! {
     fn other_files_are_none_of_the_models() {
         let _vm = Vm::new();
