@@ -41,6 +41,8 @@ const FIRMWARE_COMMANDS: [&str; 13] = [
     "SNP_VLEK_LOAD",
 ];
 
+/// How large an identity block is (`KVM_SEV_SNP_ID_BLOCK_SIZE`).
+const BLOCK_SIZE: usize = 96;
 /// How large the signature is that an identity block comes with.
 const SIGNATURE_SIZE: usize = 4096;
 
@@ -105,6 +107,12 @@ fn at<T>(data: u64, read: impl FnOnce(u64) -> Result<T>, nothing: T) -> User<T> 
     read(data).map_or(User::nowhere(nothing), User::new)
 }
 
+/// The launch digest that an identity block begins with, all of which is read.
+fn digest_of_block(data: u64) -> Result<Digest> {
+    let block: [u8; BLOCK_SIZE] = user::read(data)?;
+    Ok(std::array::from_fn(|nth| block[nth]))
+}
+
 fn init2(data: u64) -> Result<Init2> {
     let kvm_sev_init { vmsa_features, flags, ghcb_version, .. } = user::read(data)?;
     Ok(Init2 { vmsa_features, flags, ghcb_version })
@@ -131,8 +139,9 @@ fn launch_finish(data: u64) -> Result<LaunchFinish> {
     let flags = offset_of!(kvm_sev_snp_launch_finish, flags);
     Ok(LaunchFinish {
         id_block: has_block.then(|| IdBlock {
-            digest: at(block, user::read::<Digest>, [0; 48]),
-            signature: at(signature, |data| user::read_all(data, &mut [0u8; SIGNATURE_SIZE]), ()),
+            digest: (block != 0).then(|| at(block, digest_of_block, [0; 48])),
+            signature: (signature != 0)
+                .then(|| at(signature, |data| user::read_all(data, &mut [0u8; SIGNATURE_SIZE]), ())),
         }),
         flags: u16::from_le_bytes([bytes[flags], bytes[flags + 1]]),
     })

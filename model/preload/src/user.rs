@@ -25,7 +25,7 @@ macro_rules! plain {
     };
 }
 
-plain!(u8, u32, u64, [u8; 48], DirtyLog, ClearDirtyLog);
+plain!(u8, u32, u64, [u8; 96], DirtyLog, ClearDirtyLog);
 plain!(
     kvm_userspace_memory_region,
     kvm_userspace_memory_region2,
@@ -38,6 +38,7 @@ plain!(
     kvm_cpuid_entry2,
     kvm_vcpu_events,
     kvm_sev_cmd,
+    kvm_enc_region,
     kvm_sev_init,
     kvm_sev_snp_launch_start,
     kvm_sev_snp_launch_update,

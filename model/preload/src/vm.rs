@@ -22,7 +22,7 @@ use kvmprep_model::vm::{AttributesArgument, Vm};
 use std::ffi::c_int;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// `KVM_HC_MAP_GPA_RANGE`, the one hypercall that KVM hands on.
 const HYPERCALLS: u64 = 1 << 12;
@@ -37,6 +37,8 @@ pub struct VmObject {
     /// Numbers of vCPUs are less than this (`KVM_CAP_MAX_VCPU_ID`), once it is said.
     vcpu_numbers: OnceLock<u64>,
     clock: Clock,
+    /// Registered memory of an SNP guest (KVM_MEMORY_ENCRYPT_REG_REGION): where, and how many bytes.
+    registered: Mutex<Vec<(u64, u64)>>,
 }
 
 impl VmObject {
@@ -48,6 +50,7 @@ impl VmObject {
             hypercalls: AtomicU64::new(0),
             vcpu_numbers: OnceLock::new(),
             clock: Clock::new(),
+            registered: Mutex::default(),
         });
         let file = Arc::new(Memfd::new(c"kvm-vm", 0)?);
         objects::add(file, libc::O_RDWR | libc::O_CLOEXEC, Object::Vm(vm))
@@ -143,11 +146,8 @@ impl VmObject {
                 VmType::Snp => snp::command(self, argument),
                 _ => Err(Errno::ENOTTY),
             },
-            KVM_MEMORY_ENCRYPT_REG_REGION | KVM_MEMORY_ENCRYPT_UNREG_REGION => match self.model.vm_type() {
-                // Its frames are the guest's by other means; the kernel keeps these, too, from being moved.
-                VmType::Snp => Ok(()),
-                _ => Err(Errno::ENOTTY),
-            },
+            KVM_MEMORY_ENCRYPT_REG_REGION => self.register_region(argument, true),
+            KVM_MEMORY_ENCRYPT_UNREG_REGION => self.register_region(argument, false),
             _ => Err(refuse::request(ObjectKind::Vm, request)),
         }
     }
@@ -158,6 +158,25 @@ impl VmObject {
         let frames = host::process().take_new_file().expect("a guest_memfd was just made of it");
         // As the kernel makes it: not closed by exec.
         objects::add(Arc::new(Memfd::of(frames)), libc::O_RDWR, Object::GuestMemfd(model, self.clone()))
+    }
+
+    /// An SNP guest's frames are its own by other means; the kernel keeps these, too, from being moved.
+    fn register_region(&self, argument: u64, is_new: bool) -> Result<()> {
+        let kvm_enc_region { addr, size } = user::read(argument)?;
+        if self.model.snp().is_none_or(|snp| snp.asid().is_none()) {
+            return Err(Errno::ENOTTY);
+        }
+        let mut registered = self.registered.lock().unwrap_or_else(PoisonError::into_inner);
+        if is_new {
+            if size == 0 || addr.checked_add(size).is_none() {
+                return Err(Errno::EINVAL);
+            }
+            registered.push((addr, size));
+            return Ok(());
+        }
+        let place = registered.iter().position(|region| *region == (addr, size)).ok_or(Errno::EINVAL)?;
+        registered.remove(place);
+        Ok(())
     }
 
     fn enable_capability(&self, argument: u64) -> Result<()> {

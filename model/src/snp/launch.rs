@@ -122,10 +122,10 @@ pub struct LaunchFinish {
 /// What a guest's owner has signed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct IdBlock {
-    /// The launch digest that the guest must have.
-    pub digest: User<Digest>,
-    /// The signature. It is always good.
-    pub signature: User<()>,
+    /// The launch digest that the guest must have. None at NULL.
+    pub digest: Option<User<Digest>>,
+    /// The signature. It is always good. None at NULL.
+    pub signature: Option<User<()>>,
 }
 
 /// What commands ask of the virtual machine.
@@ -393,8 +393,9 @@ impl Snp {
         }
         let signed = match id_block {
             Some(IdBlock { digest, signature }) => {
-                let digest = digest.copy_in()?;
-                signature.copy_in()?;
+                // `psp_copy_user_blob` takes NULL for a mistake of its own kind.
+                let digest = digest.ok_or(Errno::EINVAL)?.copy_in()?;
+                signature.ok_or(Errno::EINVAL)?.copy_in()?;
                 Some(digest)
             }
             None => None,

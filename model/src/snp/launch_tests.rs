@@ -355,7 +355,7 @@ fn launch_finish_measures_vcpus_and_checks_what_the_owner_signed() {
     expected.add_page(PageType::Normal, page(0).gpa(), &page_of(1));
     expected.add_vcpu();
     expected.add_vcpu();
-    let signed = |digest| IdBlock { digest: User::new(digest), signature: User::new(()) };
+    let signed = |digest| IdBlock { digest: Some(User::new(digest)), signature: Some(User::new(())) };
     let before = expected.0;
     assert_eq!(finish(Some(signed(before))), (Ok(()), FirmwareError(0)));
     assert!(guest.snp.is_pre_fault_allowed());
@@ -374,7 +374,7 @@ fn a_launch_that_failed_with_its_vcpus_measured_cannot_be_finished() {
     guest.firmware.failures().fail(Operation::LaunchUpdate, 1, REFUSED);
     assert_eq!(finish(None), (Err(Errno::EIO), REFUSED));
     assert!(!guest.snp.has_measured(0));
-    let wrong = IdBlock { digest: User::new([1; 48]), signature: User::new(()) };
+    let wrong = IdBlock { digest: Some(User::new([1; 48])), signature: Some(User::new(())) };
     assert_eq!(
         finish(Some(wrong)),
         (Err(Errno::EIO), FirmwareError::BAD_MEASUREMENT),
@@ -399,9 +399,9 @@ fn a_launch_that_failed_with_its_vcpus_measured_cannot_be_finished() {
 #[test]
 fn what_the_owner_signed_must_be_readable() {
     let guest = Guest::launching();
-    let id_block = Some(IdBlock { digest: User::nowhere([0; 48]), signature: User::new(()) });
+    let id_block = Some(IdBlock { digest: Some(User::nowhere([0; 48])), signature: Some(User::new(())) });
     assert_eq!(guest.finish(LaunchFinish { id_block, flags: 0 }).0, Err(Errno::EFAULT));
-    let id_block = Some(IdBlock { digest: User::new([0; 48]), signature: User::nowhere(()) });
+    let id_block = Some(IdBlock { digest: Some(User::new([0; 48])), signature: Some(User::nowhere(())) });
     assert_eq!(guest.finish(LaunchFinish { id_block, flags: 0 }).0, Err(Errno::EFAULT));
 }
 

@@ -103,7 +103,65 @@ fn what_is_not_modelled_of_sev_is_named() {
     }
 }
 
+/// An SNP guest that can be asked for commands.
+struct Snp {
+    vm: Vm,
+    firmware: c_int,
+}
+
+impl Snp {
+    fn new() -> Self {
+        Snp { vm: Vm::of_type(4), firmware: open(c"/dev/sev").expect("a machine with SNP") }
+    }
+
+    /// With KVM_SEV_INIT2 and LAUNCH_START.
+    fn launching() -> Self {
+        let guest = Snp::new();
+        assert_eq!(guest.command(22, &mut kvm_sev_init::default()), Ok(0));
+        let mut start = kvm_sev_snp_launch_start { policy: 3 << 16, ..Default::default() };
+        assert_eq!(guest.command(100, &mut start), Ok(0));
+        guest
+    }
+
+    fn command<T>(&self, id: u32, argument: &mut T) -> Answer {
+        ioctl_with(self.vm.fd, ENCRYPT_OP, &mut self.raw(id, ptr::from_mut(argument) as u64))
+    }
+
+    fn raw(&self, id: u32, data: u64) -> kvm_sev_cmd {
+        kvm_sev_cmd { id, data, sev_fd: self.firmware as u32, ..Default::default() }
+    }
+}
+
 preloaded! {
+    fn regions_of_an_snp_guest_are_read_and_remembered() {
+        let guest = Snp::new();
+        let start = memory(PAGE);
+        let ask = |request, addr, size| ioctl_with(guest.vm.fd, request, &mut kvm_enc_region { addr, size });
+        for request in [REGISTER_REGION, UNREGISTER_REGION] {
+            assert_eq!(ioctl(guest.vm.fd, request, 0), Err(libc::EFAULT));
+            assert_eq!(ask(request, start, PAGE), Err(libc::ENOTTY), "it is no SNP guest yet");
+        }
+        assert_eq!(guest.command(22, &mut kvm_sev_init::default()), Ok(0));
+        assert_eq!(ask(UNREGISTER_REGION, start, PAGE), Err(libc::EINVAL));
+        assert_eq!(ask(REGISTER_REGION, start, 0), Err(libc::EINVAL));
+        assert_eq!(ask(REGISTER_REGION, start, PAGE), Ok(0));
+        assert_eq!([(); 2].map(|()| ask(UNREGISTER_REGION, start, PAGE)), [Ok(0), Err(libc::EINVAL)]);
+    }
+
+    fn what_an_owner_signed_is_a_block_of_its_size_and_not_at_null() {
+        let guest = Snp::launching();
+        let finish = |id_block_uaddr, id_auth_uaddr| {
+            let mut finish = kvm_sev_snp_launch_finish { id_block_en: 1, ..Default::default() };
+            (finish.id_block_uaddr, finish.id_auth_uaddr) = (id_block_uaddr, id_auth_uaddr);
+            guest.command(102, &mut finish)
+        };
+        let pages = memory(2 * PAGE);
+        unmap(pages + PAGE, PAGE);
+        assert_eq!(finish(0, pages), Err(libc::EINVAL));
+        assert_eq!(finish(pages, 0), Err(libc::EINVAL));
+        assert_eq!(finish(pages + PAGE - 64, pages), Err(libc::EFAULT));
+    }
+
     fn a_vmm_asks_what_a_tdx_guest_can_be_and_is_held_to_it() {
         let vm = Vm::of_type(5);
         assert_eq!(tdx(vm.fd, 0, 0, 8), Err(libc::EFAULT));
