@@ -56,7 +56,8 @@ pub fn command(vm: &VmObject, argument: u64) -> Result<()> {
         return Err(refuse::command("KVM_SEV_SNP_ENABLE_REQ_CERTS", "KVM_MEMORY_ENCRYPT_OP"));
     }
     let is_firmware_fd = matches!(objects::find(raw.sev_fd as c_int), Some(Object::Firmware));
-    let mut command = User::new(Command { call: call(&raw), is_firmware_fd, error: raw.error });
+    let content = Command { call: call(&raw), is_firmware_fd, error: raw.error };
+    let mut command = User { content, is_readable: true, is_writable: user::is_writable(argument, &raw) };
     let answer = vm.model().snp_command(Some(&mut command));
     let Command { call, error, .. } = command.content;
     if error != raw.error {
@@ -94,7 +95,11 @@ fn call(raw: &kvm_sev_cmd) -> Call {
         LAUNCH_START => Call::LaunchStart(at(raw.data, launch_start, LaunchStart::default())),
         LAUNCH_UPDATE => {
             let nothing = LaunchUpdate { gfn_start: 0, uaddr: 0, len: 0, page_type: 0, flags: 0 };
-            Call::LaunchUpdate(at(raw.data, launch_update, nothing))
+            let update = at(raw.data, launch_update, nothing);
+            Call::LaunchUpdate(User {
+                is_writable: update.is_readable && is_update_writable(raw.data),
+                ..update
+            })
         }
         LAUNCH_FINISH => Call::LaunchFinish(at(raw.data, launch_finish, LaunchFinish::default())),
         older if older < LAUNCH_START => Call::Older(older),
@@ -126,6 +131,10 @@ fn launch_start(data: u64) -> Result<LaunchStart> {
 fn launch_update(data: u64) -> Result<LaunchUpdate> {
     let kvm_sev_snp_launch_update { gfn_start, uaddr, len, type_: page_type, flags, .. } = user::read(data)?;
     Ok(LaunchUpdate { gfn_start, uaddr, len, page_type, flags })
+}
+
+fn is_update_writable(data: u64) -> bool {
+    user::read::<kvm_sev_snp_launch_update>(data).is_ok_and(|update| user::is_writable(data, &update))
 }
 
 fn launch_finish(data: u64) -> Result<LaunchFinish> {

@@ -95,7 +95,8 @@ pub fn vcpu_command(vcpu: &VcpuObject, argument: u64) -> Result<i64> {
 
 fn command(argument: u64, act: impl FnOnce(&mut User<Command>) -> Result<()>) -> Result<()> {
     let raw: RawCommand = user::read(argument)?;
-    let mut command = User::new(Command { call: call(&raw), flags: raw.flags, hw_error: raw.hw_error });
+    let content = Command { call: call(&raw), flags: raw.flags, hw_error: raw.hw_error };
+    let mut command = User { content, is_readable: true, is_writable: user::is_writable(argument, &raw) };
     let answer = act(&mut command);
     let Command { call, hw_error, .. } = command.content;
     if hw_error != raw.hw_error {
@@ -176,7 +177,10 @@ fn call(raw: &RawCommand) -> Call {
                 let RawRegion { source_addr, gpa, nr_pages } = user::read(data)?;
                 Ok(InitMemRegion { source_addr, gpa, nr_pages })
             };
-            Call::InitMemRegion(at(raw.data, read, InitMemRegion { source_addr: 0, gpa: 0, nr_pages: 0 }))
+            let region = at(raw.data, read, InitMemRegion { source_addr: 0, gpa: 0, nr_pages: 0 });
+            let is_writable =
+                user::read::<RawRegion>(raw.data).is_ok_and(|region| user::is_writable(raw.data, &region));
+            Call::InitMemRegion(User { is_writable, ..region })
         }
         FINALIZE_VM => Call::FinalizeVm,
         GET_CPUID => {

@@ -83,6 +83,11 @@ pub fn write<T: Plain>(address: u64, value: &T) -> Result<()> {
     write_all(address, std::slice::from_ref(value))
 }
 
+/// Whether a structure, of which this is a copy, can be written back to where it stands.
+pub fn is_writable<T: Plain>(address: u64, copy: &T) -> bool {
+    write(address, copy).is_ok()
+}
+
 /// Reads as many structures as there is room for.
 pub fn read_all<T: Plain>(address: u64, values: &mut [T]) -> Result<()> {
     let (start, size) = (values.as_mut_ptr().cast(), size_of_val(values));

@@ -132,6 +132,15 @@ impl Snp {
     }
 }
 
+/// Memory that can be read only, with a structure at its start.
+fn read_only<T>(content: T) -> u64 {
+    let start = memory(PAGE);
+    // SAFETY: the memory is new and large enough.
+    unsafe { (start as *mut T).write(content) };
+    assert_eq!(protect(start, PAGE, libc::PROT_READ), Ok(0));
+    start
+}
+
 preloaded! {
     fn regions_of_an_snp_guest_are_read_and_remembered() {
         let guest = Snp::new();
@@ -146,6 +155,27 @@ preloaded! {
         assert_eq!(ask(REGISTER_REGION, start, 0), Err(libc::EINVAL));
         assert_eq!(ask(REGISTER_REGION, start, PAGE), Ok(0));
         assert_eq!([(); 2].map(|()| ask(UNREGISTER_REGION, start, PAGE)), [Ok(0), Err(libc::EINVAL)]);
+    }
+
+    fn a_command_is_given_in_memory_that_can_be_written() {
+        let guest = Snp::new();
+        let mut init = kvm_sev_init::default();
+        let command = read_only(guest.raw(22, ptr::from_mut(&mut init) as u64));
+        assert_eq!(ioctl(guest.vm.fd, ENCRYPT_OP, command), Err(libc::EFAULT));
+        assert_eq!(guest.command(22, &mut init), Err(libc::EPERM), "it was done all the same");
+
+        let vm = Vm::of_type(5);
+        let mut init = tdx_init_vm();
+        let data = init.as_mut_ptr() as u64;
+        let command = read_only(TdxCommand { id: 1, flags: 0, data, hw_error: 0 });
+        assert_eq!(ioctl(vm.fd, ENCRYPT_OP, command), Err(libc::EFAULT));
+        assert_eq!(tdx(vm.fd, 1, 0, data), Err(libc::EINVAL), "it was done all the same");
+        let vcpu = vm.vcpu(0);
+        assert_eq!(tdx(vcpu.fd, 2, 0, 0), Ok(0));
+        // Without a slot the region itself is refused, if nothing else is wrong.
+        let mut region = [memory(PAGE), GPA, 1];
+        assert_eq!(tdx(vcpu.fd, 3, 1, read_only(region)), Err(libc::EFAULT));
+        assert_eq!(tdx(vcpu.fd, 3, 1, region.as_mut_ptr() as u64), Err(libc::EINVAL));
     }
 
     fn what_an_owner_signed_is_a_block_of_its_size_and_not_at_null() {
