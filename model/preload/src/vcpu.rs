@@ -188,10 +188,10 @@ impl VcpuObject {
 
     fn registers(&self, guest: &mut Guest, request: u32, argument: u64) -> Option<Result<()>> {
         // The state of a guest that is kept from the host.
-        let is_kept = match self.model.vm().vm_type() {
-            VmType::Tdx => true,
-            VmType::Snp => self.model.vm().snp().is_some_and(|snp| snp.is_pre_fault_allowed()),
-            _ => false,
+        let is_kept = match (self.model.vm().vm_type(), request) {
+            // KVM gives what it has itself.
+            (VmType::Snp, KVM_GET_VCPU_EVENTS | KVM_SET_VCPU_EVENTS) => false,
+            _ => self.model.has_kept_state(),
         };
         match request {
             KVM_GET_NESTED_STATE | KVM_SET_NESTED_STATE if is_kept => Some(Err(Errno::EINVAL)),

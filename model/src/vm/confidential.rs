@@ -142,6 +142,11 @@ impl Vm {
 }
 
 impl Vcpu {
+    /// Whether its state is kept from the host (`guest_state_protected`): an SNP guest's once it is measured.
+    pub fn has_kept_state(&self) -> bool {
+        self.vm.tdx().is_some() || self.vm.snp().is_some_and(|snp| snp.has_measured(self.index))
+    }
+
     /// KVM_MEMORY_ENCRYPT_OP of a vCPU, which is TDX's alone.
     pub fn tdx_command(&self, command: &mut User<tdx::Command>) -> Result<()> {
         self.vm.check_alive()?;

@@ -22,6 +22,7 @@ pub const ENABLE_CAP: u64 = 0x4068_aea3;
 pub const SET_REGION2: u64 = 0x40a0_ae49;
 pub const REGISTER_REGION: u64 = 0x8010_aebb;
 pub const UNREGISTER_REGION: u64 = 0x8010_aebc;
+pub const GET_EVENTS: u64 = 0x8040_ae9f;
 pub const GET_REGS: u64 = 0x8090_ae81;
 pub const ENCRYPT_OP: u64 = 0xc008_aeba;
 pub const CREATE_GUEST_MEMFD: u64 = 0xc040_aed4;

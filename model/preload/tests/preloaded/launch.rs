@@ -3,7 +3,7 @@
 use crate::harness::{preloaded, run};
 use crate::kvm::*;
 use kvm_bindings::*;
-use std::ffi::c_int;
+use std::ffi::{c_char, c_int};
 use std::ptr;
 
 const PAGES: u64 = 4;
@@ -141,6 +141,10 @@ fn read_only<T>(content: T) -> u64 {
     start
 }
 
+fn registers_of(vcpu: &Vcpu) -> Answer {
+    ioctl_with(vcpu.fd, GET_REGS, &mut kvm_regs::default())
+}
+
 preloaded! {
     fn regions_of_an_snp_guest_are_read_and_remembered() {
         let guest = Snp::new();
@@ -190,6 +194,25 @@ preloaded! {
         assert_eq!(finish(0, pages), Err(libc::EINVAL));
         assert_eq!(finish(pages, 0), Err(libc::EINVAL));
         assert_eq!(finish(pages + PAGE - 64, pages), Err(libc::EFAULT));
+    }
+
+    fn a_vcpu_keeps_its_registers_once_it_is_measured() {
+        let guest = Snp::launching();
+        let vcpu = guest.vm.vcpu(0);
+        assert_eq!(registers_of(&vcpu), Ok(0));
+        // SAFETY: the function takes a string.
+        let fail: unsafe extern "C" fn(*const c_char) -> c_int =
+            unsafe { std::mem::transmute(libc::dlsym(libc::RTLD_DEFAULT, c"kvmprep_model_fail".as_ptr())) };
+        // SAFETY: the string ends with a zero.
+        assert_eq!(unsafe { fail(c"launch_finish:1:policy_failure".as_ptr()) }, 0);
+        let mut finish = kvm_sev_snp_launch_finish::default();
+        assert_eq!(guest.command(102, &mut finish), Err(libc::EIO));
+        assert_eq!(registers_of(&vcpu), Err(libc::EINVAL));
+        assert_eq!(ioctl_with(vcpu.fd, GET_EVENTS, &mut kvm_vcpu_events::default()), Ok(0), "they are KVM's");
+
+        let guest = Snp::launching();
+        assert_eq!(guest.command(102, &mut finish), Ok(0));
+        assert_eq!(registers_of(&guest.vm.vcpu(0)), Ok(0), "what is made later is not measured");
     }
 
     fn a_vmm_asks_what_a_tdx_guest_can_be_and_is_held_to_it() {
