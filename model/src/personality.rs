@@ -234,6 +234,12 @@ impl Personality {
         self.version >= Version(6, 16)
     }
 
+    /// Whether KVM_SEV_INIT2 refuses the first version of the GHCB protocol to an SNP guest. By its source 6.12 does not,
+    /// and 7.3 does; which release between was the first is from memory.
+    pub fn snp_wants_second_ghcb_version(&self) -> bool {
+        self.version >= Version(6, 18)
+    }
+
     /// Whether there is KVM_SEV_SNP_ENABLE_REQ_CERTS.
     pub fn snp_asks_for_certificates(&self) -> bool {
         self.version >= Version(7, 0)

@@ -265,7 +265,7 @@ impl Snp {
             || parameters.flags != 0
             || parameters.vmsa_features != 0
             || parameters.ghcb_version > GHCB_VERSION_MAX
-            || parameters.ghcb_version == 1
+            || parameters.ghcb_version == 1 && target.personality().snp_wants_second_ghcb_version()
         {
             return Err(Errno::EINVAL);
         }
