@@ -164,6 +164,18 @@ fn as_on_linux_6_12() {
     assert_eq!(measure(Version(6, 12), Anonymous), [PAGES, 2 * PAGES, PAGES, 0]);
 }
 
+fn region(gpa: u64, size: u64, hva: Hva) -> Region {
+    Region {
+        slot: 0,
+        flags: 0,
+        gpa,
+        size,
+        userspace_addr: hva.0,
+        guest_memfd: FileArgument::BadFd,
+        guest_memfd_offset: 0,
+    }
+}
+
 /// Random programs on Linux 7.3 found that: each address space had its snapshots counted by itself.
 #[test]
 fn what_one_address_space_has_not_another_may_have() {
@@ -182,20 +194,41 @@ fn what_one_address_space_has_not_another_may_have() {
         bed.vcpu.set_smm(is_in_smm);
         assert!(matches!(exit_of_read(), Exit::Mmio { .. }));
     }
-    let of_smm = Region {
-        slot: 1 << 16,
-        flags: 0,
-        gpa: below.gpa,
-        size: PAGE_SIZE,
-        userspace_addr: bed.hva.0,
-        guest_memfd: FileArgument::BadFd,
-        guest_memfd_offset: 0,
-    };
+    let of_smm = Region { slot: 1 << 16, ..region(below.gpa, PAGE_SIZE, bed.hva) };
     bed.vm.set_user_memory_region(&of_smm).unwrap();
     bed.vcpu.set_smm(true);
     assert_eq!(exit_of_read(), Exit::Done);
     bed.vcpu.set_smm(false);
     assert!(matches!(exit_of_read(), Exit::Mmio { .. }));
+}
+
+/// KVM's walk loses the bits above the root's, and without accessed bits it walks before it looks for a slot.
+#[test]
+fn above_all_addresses_is_no_memory() {
+    for has_accessed_dirty in [true, false] {
+        let version = Version(7, 3);
+        let host = SimulatedHost::new(Settings::new(version));
+        let personality = Personality { has_accessed_dirty, ..Personality::with_everything(version) };
+        let vm = Vm::new(&Machine::new(personality, host.clone()), VmType::Default).unwrap();
+        let place = Place::Somewhere { boundary: Level::HUGE, offset: 0 };
+        let hva = host.map(place, PAGE_SIZE, Protection::READ_WRITE, Source::Anonymous).unwrap();
+        vm.set_user_memory_region(&region(GPA, PAGE_SIZE, hva)).unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        let pre_fault = |gpa| vcpu.pre_fault(&mut PreFault { gpa, size: PAGE_SIZE, flags: 0 });
+        assert_eq!(pre_fault(GPA), Ok(()));
+        let above = GPA + (1 << 48);
+        let no_slot = region(above, PAGE_SIZE, hva);
+        assert_eq!(vm.set_user_memory_region(&Region { slot: 1, ..no_slot.clone() }), Err(Errno::EINVAL));
+        assert_eq!(vm.set_user_memory_region2(&Region { slot: 1, ..no_slot }), Err(Errno::EINVAL));
+        assert_eq!(pre_fault(above), Err(Errno::ENOENT));
+        vcpu.queue(Access {
+            gpa: above,
+            operation: Operation::Read,
+            privacy: Privacy::Shared,
+            width: Width::Eight,
+        });
+        assert!(matches!(vcpu.run().exit, Exit::Mmio { gpa, .. } if gpa == above));
+    }
 }
 
 /// A host during whose next look-up all roots become obsolete, as when any slot is deleted just then.
@@ -230,16 +263,7 @@ fn a_pre_fault_whose_root_becomes_obsolete_under_it_ends_with_a_signal() {
         let host = Arc::new(Undermining { host: Some(below), ..Undermining::default() });
         let machine = Machine::new(Personality::with_everything(version), host.clone());
         let vm = Vm::new(&machine, VmType::Default).unwrap();
-        let region = Region {
-            slot: 0,
-            flags: 0,
-            gpa: GPA,
-            size: PAGE_SIZE * 2,
-            userspace_addr: hva.0,
-            guest_memfd: FileArgument::BadFd,
-            guest_memfd_offset: 0,
-        };
-        vm.set_user_memory_region(&region).unwrap();
+        vm.set_user_memory_region(&region(GPA, PAGE_SIZE * 2, hva)).unwrap();
         let vcpu = vm.create_vcpu(0).unwrap();
         let pre_fault = || {
             let mut left = PreFault { gpa: GPA, size: PAGE_SIZE * 2, flags: 0 };

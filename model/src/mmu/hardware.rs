@@ -6,7 +6,7 @@
 
 use super::lock::{Held, Shared};
 use super::map::{DirtyLog, MapResult};
-use super::{AccessKind, Mirroring, Root, Spte};
+use super::{AccessKind, ENTRIES, Mirroring, Root, Spte};
 use crate::units::{Gfn, Level, Pfn};
 
 /// Where an access went.
@@ -57,6 +57,10 @@ impl Shared<'_> {
     /// an entry that is gone.
     pub fn hardware_access(&self, root: &Root, gfn: Gfn, kind: AccessKind) -> Result<Translation, Violation> {
         assert_eq!(root.mirroring(), Mirroring::Direct, "the processor walks the external table");
+        // KVM loses the bits above the root's, the processor looks at them.
+        if gfn.0 >= root.level().pages() * ENTRIES as u64 {
+            return Err(Violation::NotPresent);
+        }
         loop {
             let entry = self.mmu().last_entry(root, gfn);
             let (old, level) = (entry.old, entry.level);

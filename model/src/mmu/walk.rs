@@ -18,8 +18,8 @@ pub(super) struct Entry<'a> {
 }
 
 impl<'a> Entry<'a> {
-    /// The entry for this frame of a table of `level`. Whatever bits of the number are above the root's are lost, as the
-    /// processor loses them.
+    /// The entry for this frame of a table of `level`. Whatever bits of the number are above the root's are lost, as KVM loses
+    /// them.
     pub(super) fn read(table: &'a Table, gfn: Gfn, level: Level, bits: u64) -> Self {
         let index = index_of(Gfn(gfn.0 | bits), level);
         Entry { table, index, gfn: gfn.rounded_down(level), level, old: table.load(index) }

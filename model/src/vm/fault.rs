@@ -149,7 +149,9 @@ impl Vcpu {
         let vm = &self.vm;
         let is_fast = if fault.is_violation { fault.is_write() } else { !vm.personality.has_accessed_dirty };
         let is_as_told = !vm.vm_type.has_private_memory() || fault.privacy == vm.privacy(fault.gfn);
-        if !is_fast || fault.is_outdated_mmio || !is_as_told {
+        // Above all memory the walk would come to the entry of another page.
+        let is_beyond = fault.gfn > vm.personality.last_gfn();
+        if !is_fast || fault.is_outdated_mmio || !is_as_told || is_beyond {
             return None;
         }
         let slot = slots.find(fault.gfn);

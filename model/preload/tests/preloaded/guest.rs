@@ -135,6 +135,21 @@ preloaded! {
         assert_eq!(vcpu.exit_reason(), KVM_EXIT_HLT);
     }
 
+    fn above_all_addresses_is_no_memory() {
+        let (_vm, vcpu, memory) = guest();
+        set_word(memory, 42);
+        let (mut below, mut above) = ([0u64; 1], [0u64; 1]);
+        let look = |gpa, values: &mut [u64; 1]| Step { values: values.as_mut_ptr(), ..pages(READ, gpa, 1) };
+        let steps = [look(GPA, &mut below), look(GPA + (1 << 48), &mut above), step(HALT)];
+        assert_eq!(set_steps(&vcpu, &steps), 0);
+        assert_eq!(vcpu.run(), Ok(0));
+        assert_eq!(vcpu.exit_reason(), KVM_EXIT_MMIO);
+        // SAFETY: that is the exit.
+        assert_eq!(unsafe { vcpu.exit().mmio.phys_addr }, GPA + (1 << 48));
+        assert_eq!(vcpu.run(), Ok(0));
+        assert_eq!((vcpu.exit_reason(), below, above), (KVM_EXIT_HLT, [42], [0]));
+    }
+
     fn an_access_that_the_vmm_must_see_to_is_made_again() {
         let vm = Vm::of_type(1);
         let vcpu = vm.vcpu(0);
