@@ -345,8 +345,8 @@ impl Snp {
             return Err(Errno::EEXIST);
         }
         let before = host.page(pfn);
-        if let Some((_, source)) = source {
-            host.set_page(pfn, &host.page(source));
+        if let Some((hva, source)) = source {
+            host.set_page(pfn, &read_source(host, hva, source)?);
         }
         let asid = self.asid().ok_or(Errno::EINVAL)?;
         let answer = rmp.make_private(pfn, gfn, asid, true).and_then(|()| {
@@ -440,9 +440,37 @@ fn is_policy_good(personality: &Personality, policy: u64) -> bool {
 
 /// The VMM is shown what its CPUID page should have been, if that can be written.
 fn write_back(host: &dyn HostMemory, source: Option<(Hva, Pfn)>, content: &Page) {
-    if let Some(Ok(page)) = source.map(|(hva, _)| host.follow(hva, true)) {
-        host.set_page(page.pfn, content);
+    let Some((hva, _)) = source else { return };
+    let (first, second) = content.split_at(PAGE_SIZE as usize - within(hva));
+    if let Ok(page) = host.follow(hva, true) {
+        host.write_frame(page.pfn, within(hva), first);
     }
+    if let Ok(page) = follow_second(host, hva, true) {
+        host.write_frame(page, 0, second);
+    }
+}
+
+/// What is copied from an address, whose page is in this frame. It may begin within a page and end within the next.
+fn read_source(host: &dyn HostMemory, hva: Hva, frame: Pfn) -> Result<Page> {
+    let mut content = [0; PAGE_SIZE as usize];
+    let (first, second) = content.split_at_mut(PAGE_SIZE as usize - within(hva));
+    host.read_frame(frame, within(hva), first);
+    if !second.is_empty() {
+        host.read_frame(follow_second(host, hva, false)?, 0, second);
+    }
+    Ok(content)
+}
+
+fn follow_second(host: &dyn HostMemory, hva: Hva, write: bool) -> Result<Pfn> {
+    if within(hva) == 0 {
+        return Err(Errno::EFAULT);
+    }
+    host.follow(hva.plus_pages(1), write).map(|page| page.pfn).map_err(|_| Errno::EFAULT)
+}
+
+/// How far into its page an address lies.
+fn within(hva: Hva) -> usize {
+    (hva.0 % PAGE_SIZE) as usize
 }
 
 fn check_update(personality: &Personality, update: &LaunchUpdate) -> Result<(PageType, Option<Source>)> {

@@ -220,7 +220,9 @@ fn an_older_kernel_takes_odd_ranges() {
     let good = guest.range(0, 2, PageType::Normal);
     let nothing = LaunchUpdate { len: 0, ..good };
     assert_eq!(guest.update(nothing), (nothing, Ok(()), FirmwareError(0)));
-    assert_eq!(guest.update(LaunchUpdate { uaddr: good.uaddr + 8, ..good }).1, Ok(()));
+    guest.vm.host.write(guest.vm.memory.plus_pages(1), 42).unwrap();
+    assert_eq!(guest.update(LaunchUpdate { uaddr: good.uaddr + PAGE_SIZE - 4, ..good }).1, Ok(()));
+    assert_eq!(guest.word(0), 42 << 32, "the end of one page and the beginning of the next");
     assert_eq!(guest.update(LaunchUpdate { uaddr: 0, gfn_start: page(4).0, ..good }).1, Err(Errno::EIO));
 }
 
