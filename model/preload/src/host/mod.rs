@@ -333,7 +333,7 @@ impl ProcessHost {
             self.waiting.is_waiting(page << PAGE_SHIFT)
         };
         let answer = match may_wait {
-            true => waiting::until_signal(fault_in).ok_or(FollowError::Interrupted)?,
+            true => waiting::until_signal((page, write), fault_in).ok_or(FollowError::Interrupted)?,
             false => fault_in(),
         };
         answer.map_err(|error| match error.raw_os_error() {

@@ -2,7 +2,9 @@
 
 use crate::harness::preloaded;
 use crate::kvm::*;
-use std::ffi::c_void;
+use kvm_bindings::KVM_EXIT_INTR;
+use std::ffi::{c_int, c_void};
+use std::time::Duration;
 
 const SIZE: u64 = MIB;
 const PAGES: u64 = SIZE / PAGE;
@@ -22,6 +24,18 @@ fn signal_of_a_child(act: impl FnOnce()) -> i32 {
         assert_eq!(libc::waitpid(pid, &mut status, 0), pid);
         libc::WTERMSIG(status)
     }
+}
+
+/// Has whoever faults there wait for a page that nobody brings, where a process may have the kernel's faults wait.
+fn watcher_of(memory: u64, size: u64) -> Option<c_int> {
+    const UFFDIO_API: u64 = 0xc018_aa3f;
+    const UFFDIO_REGISTER: u64 = 0xc020_aa00;
+    const MISSING: u64 = 1;
+    // SAFETY: a descriptor is asked for.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) } as c_int;
+    ioctl_with(fd, UFFDIO_API, &mut [0xaau64, 0, 0]).ok()?;
+    ioctl_with(fd, UFFDIO_REGISTER, &mut [memory, size, MISSING, 0]).ok()?;
+    Some(fd)
 }
 
 preloaded! {
@@ -116,6 +130,38 @@ preloaded! {
         assert_eq!(advise(mapped + 2 * PAGE, PAGE, libc::MADV_REMOVE), Ok(0));
         assert_eq!(vm.statistic("pages_4k"), PAGES - 1);
         assert_eq!(word(mapped + 2 * PAGE), 0);
+    }
+
+    fn a_wait_for_a_page_ends_by_signals_and_leaves_one_thread_at_most() {
+        let vm = Vm::new();
+        let vcpu = vm.vcpu(0);
+        let memory = memory(SIZE);
+        let Some(watcher) = watcher_of(memory, SIZE) else {
+            return println!("no userfaultfd for faults of the kernel here");
+        };
+        assert_eq!(vm.set_region(1, GPA, memory, SIZE), Ok(0));
+        extern "C" fn nothing(_: c_int) {}
+        // SAFETY: the handler does nothing, and the thread is this one.
+        let this = unsafe {
+            libc::signal(libc::SIGUSR1, nothing as extern "C" fn(c_int) as usize);
+            libc::pthread_self()
+        };
+        std::thread::spawn(move || {
+            loop {
+                std::thread::sleep(Duration::from_millis(20));
+                // SAFETY: the process ends with the test's thread.
+                unsafe { libc::pthread_kill(this, libc::SIGUSR1) };
+            }
+        });
+        let threads = || std::fs::read_dir("/proc/self/task").expect("threads").count();
+        let before = threads();
+        for _ in 0..10 {
+            assert_eq!(vcpu.pre_fault(GPA, PAGE), (Err(libc::EINTR), PAGE));
+        }
+        assert_eq!(vcpu.exit_reason(), KVM_EXIT_INTR);
+        assert!(vcpu.statistic("signal_exits") > 0);
+        assert_eq!(threads(), before + 1);
+        close(watcher);
     }
 
     fn conversions_take_what_was_of_the_other_kind() {
