@@ -199,6 +199,12 @@ impl VcpuObject {
                 }
                 Ok(Ended::Exit)
             }
+            Exit::EmulationFailed { .. } => {
+                guest.advance(done - 1);
+                self.page().set_emulation_failed();
+                self.over(guest, Operation::Fetch, 0)?;
+                Ok(Ended::Exit)
+            }
             Exit::MemoryFault(errno, fault) => {
                 guest.advance(done);
                 self.page().set_memory_fault(fault);
@@ -283,6 +289,13 @@ impl RunPage {
         self.set_exit(offset_of!(MmioExit, data), &written.unwrap_or(0).to_le_bytes());
         self.set_exit(offset_of!(MmioExit, len), &(width.bytes() as u32).to_le_bytes());
         self.set_exit(offset_of!(MmioExit, is_write), &[u8::from(written.is_some())]);
+    }
+
+    fn set_emulation_failed(&self) {
+        self.set_exit_reason(KVM_EXIT_INTERNAL_ERROR);
+        self.set_exit(0, &KVM_INTERNAL_ERROR_EMULATION.to_le_bytes());
+        // Nothing is told of the instruction.
+        self.set_exit(4, &0u32.to_le_bytes());
     }
 
     fn set_hypercall(&self, number: u64, args: &[u64], is_long: bool) {

@@ -59,6 +59,12 @@ pub enum Exit {
         /// What it writes.
         written: Option<u64>,
     },
+    /// The guest executes what is no memory, where KVM finds no instruction to emulate (`KVM_EXIT_INTERNAL_ERROR`). The access
+    /// is over: the guest gets #UD.
+    EmulationFailed {
+        /// The first byte.
+        gpa: u64,
+    },
     /// The guest gets an exception of its own: for an access to what is no memory, since the host cannot emulate it, or for
     /// one to what it has not accepted (#VC, #VE). The access is over.
     GuestException {
@@ -373,6 +379,9 @@ impl Vcpu {
         let Access { gpa, width, .. } = access;
         if self.vm.vm_type.has_protected_state() {
             return Ended::Exit(Exit::GuestException { gpa });
+        }
+        if access.operation == Operation::Fetch {
+            return Ended::Exit(Exit::EmulationFailed { gpa });
         }
         self.counters.mmio_exits.count();
         let written = match access.operation {

@@ -349,6 +349,7 @@ fn run(vcpu: Arc<Vcpu>) -> impl FnOnce() -> Answer + Send {
                 return Answer::told(format!("done, {faults}{read}"), true);
             }
             Exit::Mmio { gpa, .. } => format!("MMIO at {gpa:#x}"),
+            Exit::EmulationFailed { gpa } => format!("no instruction at {gpa:#x}"),
             Exit::GuestException { gpa } => format!("exception in the guest at {gpa:#x}"),
             Exit::MemoryFault(errno, fault) => {
                 let privacy = if fault.flags == 0 { "shared" } else { "private" };

@@ -14,6 +14,7 @@ const PORT: u32 = 0x10;
 
 const READ: u32 = 1;
 const WRITE: u32 = 2;
+const FETCH: u32 = 3;
 const COPY: u32 = 4;
 const OUT: u32 = 6;
 const HYPERCALL: u32 = 7;
@@ -131,6 +132,18 @@ preloaded! {
         // SAFETY: that is the exit.
         let exit = unsafe { vcpu.exit().mmio };
         assert_eq!((exit.phys_addr, exit.data[0], exit.is_write), (2 * GPA + 4, 9, 1));
+        assert_eq!(vcpu.run(), Ok(0));
+        assert_eq!(vcpu.exit_reason(), KVM_EXIT_HLT);
+    }
+
+    fn where_no_memory_is_nothing_can_be_executed() {
+        let (_vm, vcpu, _) = guest();
+        assert_eq!(set_steps(&vcpu, &[pages(FETCH, 2 * GPA, 1), step(HALT)]), 0);
+        assert_eq!(vcpu.run(), Ok(0));
+        assert_eq!(vcpu.exit_reason(), KVM_EXIT_INTERNAL_ERROR);
+        // SAFETY: that is the exit.
+        let exit = unsafe { vcpu.exit().internal };
+        assert_eq!((exit.suberror, exit.ndata), (KVM_INTERNAL_ERROR_EMULATION, 0));
         assert_eq!(vcpu.run(), Ok(0));
         assert_eq!(vcpu.exit_reason(), KVM_EXIT_HLT);
     }
