@@ -114,7 +114,7 @@ impl GuestMemfd {
 
     /// How many pages have a frame.
     pub fn present_pages(&self) -> u64 {
-        self.inode.pages.present(0..u64::MAX).len() as u64
+        self.inode.present(0..u64::MAX).len() as u64
     }
 
     /// What a slot is given that begins at a page.
@@ -406,8 +406,20 @@ impl Inode {
         Ok(self.pages.state(index))
     }
 
+    /// Those of these pages that have a frame, by whomever they were first used.
+    fn present(&self, indices: Range<u64>) -> Vec<u64> {
+        let mut present = self.pages.present(indices.clone());
+        if self.flags & FLAG_INIT_SHARED != 0 {
+            let end = indices.end.min(self.size / PAGE_SIZE);
+            present.extend(self.frames.touched(indices.start.min(end)..end).into_iter().flatten());
+            present.sort_unstable();
+            present.dedup();
+        }
+        present
+    }
+
     fn release(&self, indices: Range<u64>) {
-        for index in self.pages.present(indices) {
+        for index in self.present(indices) {
             let _turn = self.pages.turn(index);
             self.pages.set(index, PageState(0));
             self.frames.release(index);

@@ -5,6 +5,7 @@
 //! third by which a guest_memfd gets its frames. Nothing here knows of a guest, and nobody outside may rely on how a host
 //! keeps its memory: [`simulated`] keeps all of it itself, another host may be the process in which the model runs.
 
+use std::ops::Range;
 use std::sync::Weak;
 
 use crate::errno::Errno;
@@ -107,6 +108,12 @@ pub trait FileFrames: Send + Sync {
     /// Whether the calling thread has a signal to handle, as far as the host knows.
     fn is_signal_pending(&self) -> bool {
         false
+    }
+
+    /// Those of these pages that the process has by its own mapping of the file, as far as nobody was asked for them
+    /// ([`MappableFile::host_fault`]): for hosts whose processes fault without asking.
+    fn touched(&self, _indices: Range<u64>) -> Vec<Range<u64>> {
+        Vec::new()
     }
 
     /// Gives a frame back, if there is one. Where the process has mapped it, that mapping goes first and notifiers are

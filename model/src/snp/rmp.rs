@@ -5,6 +5,7 @@
 //! neither memslots nor attributes.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Arc, PoisonError};
 
 use crate::confidential::Failures;
@@ -180,6 +181,10 @@ impl FileFrames for RmpFrames {
 
     fn is_signal_pending(&self) -> bool {
         self.frames.is_signal_pending()
+    }
+
+    fn touched(&self, indices: Range<u64>) -> Vec<Range<u64>> {
+        self.frames.touched(indices)
     }
 
     fn release(&self, index: u64) {

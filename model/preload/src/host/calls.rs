@@ -245,6 +245,25 @@ pub fn write_file(fd: RawFd, offset: u64, bytes: &[u8]) -> io::Result<()> {
     answer(unsafe { libc::syscall(libc::SYS_pwrite64, fd, bytes.as_ptr(), bytes.len(), offset) }).map(drop)
 }
 
+/// The parts of a file of the model's own in which there is anything.
+pub fn parts_of_file(fd: RawFd, bytes: &Range<u64>) -> Vec<Range<u64>> {
+    let mut parts = Vec::new();
+    let mut at = bytes.start;
+    // SAFETY: nothing is read or written, and nobody uses where the file stands.
+    let seek = |from: u64, whence: c_int| answer(unsafe { libc::syscall(libc::SYS_lseek, fd, from, whence) });
+    while at < bytes.end {
+        // Behind the last there is no other.
+        let Ok(start) = seek(at, libc::SEEK_DATA) else { break };
+        let Ok(end) = seek(start as u64, libc::SEEK_HOLE) else { break };
+        let part = start as u64..bytes.end.min(end as u64);
+        if !part.is_empty() {
+            parts.push(part);
+        }
+        at = end as u64;
+    }
+    parts
+}
+
 /// Gives a part of a file of the model's own back.
 pub fn punch(fd: RawFd, offset: u64, length: u64) -> io::Result<()> {
     let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;

@@ -6,6 +6,7 @@
 
 use std::cell::Cell;
 use std::collections::HashMap;
+use std::ops::Range;
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
@@ -120,6 +121,12 @@ impl FileFrames for Frames {
 
     fn is_signal_pending(&self) -> bool {
         super::signals::is_pending()
+    }
+
+    fn touched(&self, indices: Range<u64>) -> Vec<Range<u64>> {
+        let bytes = indices.start * PAGE_SIZE..indices.end * PAGE_SIZE;
+        let parts = calls::parts_of_file(self.fd(), &bytes).into_iter();
+        parts.map(|part| part.start / PAGE_SIZE..part.end.div_ceil(PAGE_SIZE)).collect()
     }
 
     fn release(&self, index: u64) {

@@ -132,6 +132,17 @@ preloaded! {
         assert_eq!(word(mapped + 2 * PAGE), 0);
     }
 
+    fn a_hole_takes_what_only_the_program_has_touched() {
+        let vm = Vm::new();
+        let file = vm.guest_memfd(SIZE, 3).expect("a file");
+        let memory = map(SIZE, libc::MAP_SHARED, file).expect("the file");
+        (0..4).for_each(|page| set_word(memory + page * PAGE, 7));
+        let punch = libc::FALLOC_FL_KEEP_SIZE | libc::FALLOC_FL_PUNCH_HOLE;
+        assert_eq!(fallocate(file, punch, 0, 2 * PAGE), Ok(0));
+        assert_eq!(advise(memory + 2 * PAGE, PAGE, libc::MADV_REMOVE), Ok(0));
+        assert_eq!([0, 1, 2, 3].map(|page| word(memory + page * PAGE)), [0, 0, 0, 7]);
+    }
+
     fn a_wait_for_a_page_ends_by_signals_and_leaves_one_thread_at_most() {
         let vm = Vm::new();
         let vcpu = vm.vcpu(0);
