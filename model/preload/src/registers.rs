@@ -43,6 +43,10 @@ const SETS: [Set; 8] = [
 /// `MSR_EFER`.
 const EFER: u32 = 0xc000_0080;
 const EFER_LONG_MODE_ACTIVE: u64 = 1 << 10;
+/// `KVM_MMU_EFER_ROLE_BITS`: long mode, and that pages can be kept from being executed.
+const EFER_OF_ROLE: u64 = 1 << 8 | 1 << 11;
+const CR0_PG: u64 = 1 << 31;
+const CR4_PAE: u64 = 1 << 5;
 /// The registers that a program is to save and restore: those that every processor of x86-64 has, of KVM's list.
 #[rustfmt::skip]
 const SAVED_MSRS: [u32; 14] = [
@@ -100,17 +104,38 @@ impl Registers {
         if let Err(error) = user::read_all(argument, &mut bytes) {
             return Some(Err(error));
         }
-        let efer = self.efer();
+        let paging = self.paging();
         let smm = if request == KVM_SET_VCPU_EVENTS { self.smm_of(&mut bytes) } else { Changed::Nothing };
         *self.of(set) = bytes;
-        let changed = if self.efer() != efer { Changed::Root } else { smm };
+        let is_root_renewed = request == KVM_SET_SREGS && (self.paging() != paging || self.has_pae_paging());
+        let changed = if is_root_renewed { Changed::Root } else { smm };
         Some(Ok(changed))
     }
 
-    /// EFER, as KVM_SET_SREGS has set it.
+    /// EFER.
     pub fn efer(&mut self) -> u64 {
-        let at = offset_of!(kvm_sregs, efer);
+        self.system_register(offset_of!(kvm_sregs, efer))
+    }
+
+    fn system_register(&mut self, at: usize) -> u64 {
         u64::from_le_bytes(self.of(&SETS[1])[at..at + 8].try_into().expect("eight bytes"))
+    }
+
+    /// Of what the guest's paging hangs on: KVM takes its root anew where any of it changes (`__set_sregs`).
+    fn paging(&mut self) -> [u64; 4] {
+        [
+            offset_of!(kvm_sregs, cr0),
+            offset_of!(kvm_sregs, cr3),
+            offset_of!(kvm_sregs, cr4),
+            offset_of!(kvm_sregs, efer),
+        ]
+        .map(|at| self.system_register(at))
+    }
+
+    /// Paging by tables of three levels, whose highest entries KVM reads when it is set.
+    fn has_pae_paging(&mut self) -> bool {
+        let [cr0, _, cr4, efer] = self.paging();
+        cr0 & CR0_PG != 0 && cr4 & CR4_PAE != 0 && efer & EFER_LONG_MODE_ACTIVE == 0
     }
 
     /// RAX, which has the answer of a call.
@@ -132,19 +157,30 @@ impl Registers {
         let mut changed = Changed::Nothing;
         let entries = msrs(argument)?;
         for entry in &entries {
-            let old = self.msrs.insert(entry.index, entry.data);
-            if entry.index == EFER && old.unwrap_or(0) != entry.data {
+            if entry.index != EFER {
+                self.msrs.insert(entry.index, entry.data);
+                continue;
+            }
+            if (self.efer() ^ entry.data) & EFER_OF_ROLE != 0 {
                 changed = Changed::Root;
             }
+            // Whether long mode is active is none of this register's to set here.
+            let active = EFER_LONG_MODE_ACTIVE;
+            let efer = entry.data & !active | self.efer() & active;
+            let at = offset_of!(kvm_sregs, efer);
+            self.of(&SETS[1])[at..at + 8].copy_from_slice(&efer.to_le_bytes());
         }
         Ok((entries.len() as i64, changed))
     }
 
     /// KVM_GET_MSRS: those that were not set are zero.
-    pub fn get_msrs(&self, argument: u64) -> Result<i64> {
+    pub fn get_msrs(&mut self, argument: u64) -> Result<i64> {
         let mut entries = msrs(argument)?;
         for entry in &mut entries {
-            entry.data = self.msrs.get(&entry.index).copied().unwrap_or(0);
+            entry.data = match entry.index {
+                EFER => self.efer(),
+                index => self.msrs.get(&index).copied().unwrap_or(0),
+            };
         }
         user::write_all(argument + size_of::<kvm_msrs>() as u64, &entries)?;
         Ok(entries.len() as i64)

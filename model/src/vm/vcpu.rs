@@ -126,7 +126,11 @@ impl Vcpu {
     /// see is never in it.
     pub fn set_smm(&self, is_in_smm: bool) {
         let is_in_smm = is_in_smm && !self.vm.vm_type.has_protected_state();
-        lock(&self.state).change_mode(|state| state.is_in_smm = is_in_smm);
+        let mut state = lock(&self.state);
+        if state.is_in_smm != is_in_smm {
+            // It leaves the guest that its guest ran (`kvm_leave_nested`).
+            state.change_mode(|state| (state.is_in_smm, state.nested) = (is_in_smm, None));
+        }
     }
 
     /// Has it find its root anew at its next use, as after a change of its paging mode.

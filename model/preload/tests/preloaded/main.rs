@@ -13,4 +13,5 @@ mod memory;
 mod nested;
 mod paths;
 mod refusals;
+mod registers;
 mod sanitizers;

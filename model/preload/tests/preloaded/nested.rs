@@ -4,8 +4,6 @@ use crate::harness::preloaded;
 use crate::kvm::*;
 use std::ffi::c_int;
 
-const GET_SREGS: u64 = 0x8138_ae83;
-const SET_SREGS: u64 = 0x4138_ae84;
 const GET_NESTED_STATE: u64 = 0xc080_aebe;
 const SET_NESTED_STATE: u64 = 0x4080_aebf;
 
@@ -76,5 +74,19 @@ preloaded! {
         }
         assert_eq!(ioctl(vcpu.fd, SET_NESTED_STATE, 8), Err(libc::EFAULT));
         assert_eq!(set(vcpu.fd, wanted), Ok(0));
+    }
+
+    fn who_goes_into_smm_leaves_it() {
+        let vcpu = Vm::new().vcpu(0);
+        allow(vcpu.fd);
+        assert_eq!(set(vcpu.fd, state(GUEST_MODE | GIF, WHOLE)), Ok(0));
+        let mut events = kvm_bindings::kvm_vcpu_events::default();
+        assert_eq!(ioctl_with(vcpu.fd, GET_EVENTS, &mut events), Ok(0));
+        events.flags |= kvm_bindings::KVM_VCPUEVENT_VALID_SMM;
+        events.smi.smm = 1;
+        assert_eq!(ioctl_with(vcpu.fd, SET_EVENTS, &mut events), Ok(0));
+        let mut got = state(0, WHOLE);
+        assert_eq!(ioctl_with(vcpu.fd, GET_NESTED_STATE, &mut got), Ok(0));
+        assert_eq!(got[0] & GUEST_MODE, 0);
     }
 }
