@@ -63,7 +63,7 @@ extern "C" {
 #define KVMPREP_MODEL_HYPERCALL 7u
 /* Halts: KVM_EXIT_HLT. */
 #define KVMPREP_MODEL_HALT 8u
-/* Runs on until a signal or immediate_exit ends KVM_RUN. */
+/* Runs on until a signal ends KVM_RUN. (KVM looks at immediate_exit only as KVM_RUN begins.) */
 #define KVMPREP_MODEL_LOOP 9u
 
 /* How a step does it (`flags`). */

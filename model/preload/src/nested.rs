@@ -46,7 +46,7 @@ pub struct Kept {
 impl Kept {
     /// KVM_GET_NESTED_STATE.
     pub fn get(&self, vcpu: &Vcpu, argument: u64) -> Result<()> {
-        let room = user::read::<u32>(argument + 4)? as usize;
+        let room = user::read::<u32>(argument.wrapping_add(4))? as usize;
         let is_there = vcpu.nested().is_some();
         let size = if is_there { MOST } else { HEADER };
         if room < size {

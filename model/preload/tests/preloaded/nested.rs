@@ -72,7 +72,10 @@ preloaded! {
             wrong[word] = value;
             assert_eq!(set(vcpu.fd, wrong), Err(libc::EINVAL), "word {word}");
         }
-        assert_eq!(ioctl(vcpu.fd, SET_NESTED_STATE, 8), Err(libc::EFAULT));
+        for address in [8, u64::MAX - 3] {
+            assert_eq!(ioctl(vcpu.fd, GET_NESTED_STATE, address), Err(libc::EFAULT));
+            assert_eq!(ioctl(vcpu.fd, SET_NESTED_STATE, address), Err(libc::EFAULT));
+        }
         assert_eq!(set(vcpu.fd, wanted), Ok(0));
     }
 
