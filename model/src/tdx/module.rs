@@ -553,6 +553,10 @@ pub struct Entered<'a> {
 impl Entered<'_> {
     /// The guest reads, writes or fetches at a private address.
     pub fn access(&self, gfn: Gfn) -> Access {
+        if gfn.0 & !(self.td.shared_bit.0 - 1) != 0 {
+            // The secure EPT is for no such address.
+            return Access::Violation;
+        }
         match self.td.root.translate(gfn) {
             Some((pfn, PageState::Mapped)) => Access::Done(pfn),
             Some((_, PageState::Pending)) if self.td.is_pending_reported => Access::Pending,

@@ -179,6 +179,7 @@ fn a_guest_uses_what_it_has_accepted() {
     );
     assert_eq!(guest.accept(GFN, Level::SMALL), Accept::Done(FRAME));
     assert_eq!(guest.access(GFN), Access::Done(FRAME));
+    assert_eq!(guest.access(Gfn(GFN.0 | td.shared_bit().0 << 1)), Access::Violation, "above all addresses");
     assert_eq!(guest.accept(GFN, Level::SMALL), Accept::Refused(Status::PAGE_ALREADY_ACCEPTED));
     td.mem_range_block(GFN, Level::SMALL).unwrap();
     assert_eq!(guest.access(GFN), Access::Violation);
