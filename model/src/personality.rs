@@ -234,8 +234,8 @@ impl Personality {
         self.version >= Version(6, 16)
     }
 
-    /// Whether KVM_SEV_INIT2 refuses the first version of the GHCB protocol to an SNP guest. By its source 6.12 does not,
-    /// and 7.3 does; which release between was the first is from memory.
+    /// Whether KVM_SEV_INIT2 refuses the first version of the GHCB protocol to an SNP guest. By its source 6.12 does not; that
+    /// 6.18 is the first that does, no source at hand confirms.
     pub fn snp_wants_second_ghcb_version(&self) -> bool {
         self.version >= Version(6, 18)
     }
