@@ -5,7 +5,7 @@
 
 mod fake;
 
-use fake::{Call, Fake};
+use fake::{Call, Fake, WRITE};
 use kvmprep::error::{Reason, Stage};
 use kvmprep::kvm::{Errno, MEM_LOG_DIRTY_PAGES, Region};
 use kvmprep::memslot::{Memslot, Nature};
@@ -23,19 +23,6 @@ const GPA: u64 = 1 << 32;
 /// Not a multiple of the chunk: a tail must not be skipped.
 const SIZE: u64 = 16 * HUGE + 0x5000;
 const GUEST: Range = Range { start: GPA, end: GPA + SIZE };
-
-const WRITE: Options = Options {
-    intent: Intent::Write,
-    host_only: false,
-    huge_advice: false,
-    require_stage2: false,
-    check_free: false,
-    skip_covered: false,
-    dirty_logged_too: false,
-    exact: false,
-    for_conversion: false,
-    timeout: None,
-};
 
 fn slot(id: u32, gpa: u64, size: u64) -> Memslot {
     Memslot {

@@ -7,7 +7,7 @@
 mod fake;
 
 use fake::launches::{Answer, Asked};
-use fake::{Call, Fake};
+use fake::{Call, Fake, WRITE};
 use kvmprep::abi::{
     KVMPREP_SNP_PAGE_CPUID, KVMPREP_SNP_PAGE_NORMAL, KVMPREP_SNP_PAGE_ZERO, KVMPREP_TDX_MEASURE,
     kvmprep_error, kvmprep_private_check_claims, kvmprep_private_claim, kvmprep_private_note_sealed,
@@ -18,7 +18,6 @@ use kvmprep::error::{Reason, Stage};
 use kvmprep::kvm::{ImagePages, MEM_GUEST_MEMFD, Mapping, Region};
 use kvmprep::memslot::{Memslot, Nature};
 use kvmprep::populate::job::{Job, Options};
-use kvmprep::populate::plan::Intent;
 use kvmprep::private::launch::Way;
 use kvmprep::private::visibility::Visibility;
 use kvmprep::range::{PAGE, Range};
@@ -817,19 +816,6 @@ fn claims_go_through_the_c_functions() {
     }
 }
 
-const POPULATE: Options = Options {
-    intent: Intent::Write,
-    host_only: false,
-    huge_advice: false,
-    require_stage2: false,
-    check_free: false,
-    skip_covered: false,
-    dirty_logged_too: false,
-    exact: false,
-    for_conversion: false,
-    timeout: None,
-};
-
 #[test]
 fn nothing_is_pre_faulted_before_the_image_is_closed() {
     for (vm_type, is_refused) in [(TDX_VM, true), (SNP_VM, true), (1, false), (0, false)] {
@@ -840,10 +826,10 @@ fn nothing_is_pre_faulted_before_the_image_is_closed() {
         let expected = is_refused.then_some((libc::EOPNOTSUPP, Reason::NotSealed));
         // Of the whole VM, shared memory included.
         for range in [&[][..], &[pages(0, 4)], &[pages(24, 32)]] {
-            assert_eq!(refused(&world, range, POPULATE), expected, "type {vm_type}");
+            assert_eq!(refused(&world, range, WRITE), expected, "type {vm_type}");
         }
-        assert_eq!(refused(&world, &[pages(24, 32)], Options { host_only: true, ..POPULATE }), None);
+        assert_eq!(refused(&world, &[pages(24, 32)], Options { host_only: true, ..WRITE }), None);
         world.note_sealed();
-        assert_eq!(refused(&world, &[pages(0, 4)], POPULATE), None, "type {vm_type}");
+        assert_eq!(refused(&world, &[pages(0, 4)], WRITE), None, "type {vm_type}");
     }
 }

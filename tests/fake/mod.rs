@@ -17,6 +17,8 @@ use kvmprep::kvm::{
     Access, Errno, ExitRequest, FileId, FileKind, FileStatus, ImagePages, Kernel, Launched, MappedObject,
     Mapping, Region, Stats, Sys,
 };
+use kvmprep::populate::job::Options;
+use kvmprep::populate::plan::Intent;
 use kvmprep::range::{HUGE, PAGE, Range, RangeSet};
 use std::collections::BTreeMap;
 use std::io::Read;
@@ -25,6 +27,20 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+
+/// Populating as most do it.
+pub const WRITE: Options = Options {
+    intent: Intent::Write,
+    host_only: false,
+    huge_advice: false,
+    require_stage2: false,
+    check_free: false,
+    skip_covered: false,
+    dirty_logged_too: false,
+    exact: false,
+    for_conversion: false,
+    timeout: None,
+};
 
 /// The system calls that can be made to fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -2,6 +2,15 @@
 
 use super::*;
 
+/// A slot more, elsewhere in the guest, of the memory at `hva`.
+fn slot_more(hva: u64, size: u64) -> Memslot {
+    let mut slot = PLAIN.memslot();
+    slot.region.slot = 40;
+    slot.region.gpa = LARGE.range().end + HUGE;
+    (slot.region.hva, slot.region.size) = (hva, size);
+    slot
+}
+
 #[test]
 fn of_a_file_that_serves_both_sides_nothing_goes_out_of_sight() {
     let guest = Guest::new();
@@ -163,11 +172,7 @@ fn what_can_never_be_given_up_is_kept_and_that_is_told() {
 fn memory_that_two_slots_show_is_kept() {
     let guest = Guest::new();
     let shown = ANONYMOUS.pages(10..20);
-    let mut alias = PLAIN.memslot();
-    alias.region.slot = 40;
-    alias.region.gpa = LARGE.range().end + HUGE;
-    alias.region.hva = ANONYMOUS.hva(shown).start;
-    alias.region.size = shown.size();
+    let mut alias = slot_more(ANONYMOUS.hva(shown).start, shown.size());
     guest.vm.note(&alias).unwrap();
     let beside = guest.convert(ANONYMOUS.pages(0..10), Private).unwrap().done;
     assert_eq!((beside.dropped, beside.kept), (10 * PAGE, 0));
@@ -260,11 +265,7 @@ fn a_wish_to_keep_goes_with_the_slot() {
 fn memory_that_two_slots_show_by_two_mappings_is_kept() {
     let guest = Guest::new();
     let shown = UNTOLD.pages(10..20);
-    let mut alias = PLAIN.memslot();
-    alias.region.slot = 40;
-    alias.region.gpa = LARGE.range().end + HUGE;
-    alias.region.hva = LARGE.hva(LARGE.range()).end + (1 << 30);
-    alias.region.size = shown.size();
+    let alias = slot_more(LARGE.hva(LARGE.range()).end + (1 << 30), shown.size());
     {
         let mut mappings = guest.kernel.mappings.lock().unwrap();
         let of_file =
@@ -297,11 +298,7 @@ fn what_another_call_kept_is_not_subtracted() {
 fn beside_memory_that_two_slots_show_the_rest_is_given_up() {
     let guest = Guest::new();
     let shown = ANONYMOUS.pages(10..20);
-    let mut alias = PLAIN.memslot();
-    alias.region.slot = 40;
-    alias.region.gpa = LARGE.range().end + HUGE;
-    alias.region.hva = ANONYMOUS.hva(shown).start;
-    alias.region.size = shown.size();
+    let alias = slot_more(ANONYMOUS.hva(shown).start, shown.size());
     guest.vm.note(&alias).unwrap();
     let done = guest.convert(ANONYMOUS.pages(0..512), Private).unwrap().done;
     assert_eq!((done.dropped, done.kept), (HUGE - shown.size(), shown.size()));

@@ -12,12 +12,14 @@ mod steps;
 mod waiting;
 
 use fake::Call::{self, Changed, Discard, PreFault, Punch, Remove, SetAttributes};
+use fake::WRITE;
 use fake::guest::{
     ANONYMOUS, Backed, Guest, LARGE, MAPPED, PLAIN, POOL, TOLD, UNTOLD, VCPU, kernel, old_kernel,
     plain_options,
 };
 use kvmprep::error::{Error, Reason, Result, Stage};
 use kvmprep::kvm::{Errno, FileId, Kernel, Mapping};
+use kvmprep::memslot::Memslot;
 use kvmprep::populate::coverage::Loss;
 use kvmprep::populate::job::{Job, Options, Worker};
 use kvmprep::populate::plan::Intent;
@@ -57,19 +59,6 @@ fn private_runs(guest: &Guest) -> Vec<Range> {
 fn allocated(guest: &Guest, fd: RawFd) -> Vec<Range> {
     guest.kernel.allocated.lock().unwrap().get(&fd).map(|set| set.iter().collect()).unwrap_or_default()
 }
-
-const WRITE: Options = Options {
-    intent: Intent::Write,
-    host_only: false,
-    huge_advice: false,
-    require_stage2: false,
-    check_free: false,
-    skip_covered: false,
-    dirty_logged_too: false,
-    exact: false,
-    for_conversion: false,
-    timeout: None,
-};
 
 fn prefaulting(changed: &dyn Fn(Range, Visibility) -> i32) -> ConvertOptions<'_> {
     ConvertOptions { prefault: true, vcpu: Some(VCPU), ..plain_options(changed) }
