@@ -64,7 +64,9 @@ pub fn run(
         (End::Exited, Some(status), Some(started)) => Ok(Outcome {
             status,
             output: stream.output(),
-            oops: kernel_log::trouble(&kernel_log).or(kernel_log::panic(&kernel_log)).map(str::to_string),
+            oops: kernel_log::trouble(&kernel_log, guest.known_warnings)
+                .or(kernel_log::panic(&kernel_log))
+                .map(str::to_string),
             boot: started - running.began,
             ran: running.ended.unwrap_or_else(Instant::now) - started,
             kernel_log,

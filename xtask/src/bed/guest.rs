@@ -31,6 +31,8 @@ pub struct Guest {
     pub timeout: Duration,
     /// More for the kernel's command line.
     pub kernel_args: Vec<String>,
+    /// Functions of the kernel whose warnings the program is known to bring about: they are no trouble.
+    pub known_warnings: &'static [&'static str],
 }
 
 impl Guest {
@@ -44,6 +46,7 @@ impl Guest {
             cpus: 2,
             timeout: Duration::from_secs(600),
             kernel_args: Vec::new(),
+            known_warnings: &[],
         }
     }
 

@@ -23,12 +23,16 @@ const TROUBLE: [&str; 9] = [
 /// What follows "WARNING: " or its like without being the kernel's own fault.
 const HARMLESS: [&str; 1] = ["WARNING: Spectre"];
 
-/// The first line, since the program started, in which the kernel reports trouble of its own.
-pub fn trouble(log: &str) -> Option<&str> {
+/// The first line, since the program started, in which the kernel reports trouble of its own. Warnings are none that come from
+/// a function which is `known` for them.
+pub fn trouble<'a>(log: &'a str, known: &[&str]) -> Option<&'a str> {
     let start = log.find(PROGRAM_STARTS)?;
+    let is_known = |line: &str| {
+        line.contains("WARNING: ") && known.iter().any(|function| line.contains(&format!("{function}+0x")))
+    };
     log[start..].lines().find(|line| {
         let hit = TROUBLE.iter().any(|mark| line.contains(mark));
-        hit && !HARMLESS.iter().any(|mark| line.contains(mark))
+        hit && !HARMLESS.iter().any(|mark| line.contains(mark)) && !is_known(line)
     })
 }
 
@@ -61,7 +65,7 @@ mod tests {
             "Oops: general protection fault, probably for non-canonical address 0xdead: 0000 [#1] SMP",
             "kernel BUG at mm/memory.c:1!",
         ] {
-            assert!(trouble(&log(line)).is_some(), "{line}");
+            assert!(trouble(&log(line), &["kvm_mmu"]).is_some(), "{line}");
         }
     }
 
@@ -73,9 +77,18 @@ mod tests {
             "rcu: INFO: rcu_preempt self-detected stall on CPU",
             "reboot: Power down",
         ] {
-            assert_eq!(trouble(&log(line)), None);
+            assert_eq!(trouble(&log(line), &[]), None);
         }
-        assert_eq!(trouble("[1.0] WARNING: and the program never ran\n"), None);
+        assert_eq!(trouble("[1.0] WARNING: and the program never ran\n", &[]), None);
+    }
+
+    #[test]
+    fn a_warning_that_is_known_is_not_but_a_bug_at_the_same_place_is() {
+        let at = "at arch/x86/kvm/mmu/tdp_mmu.c:1137 at kvm_tdp_mmu_map+0x5cd/0x7b0 [kvm]";
+        let (warning, bug) = (log(&format!("WARNING: {at}")), log(&format!("BUG: {at}")));
+        assert!(trouble(&warning, &[]).is_some());
+        assert_eq!(trouble(&warning, &["kvm_tdp_mmu_map"]), None);
+        assert!(trouble(&bug, &["kvm_tdp_mmu_map"]).is_some());
     }
 
     #[test]
