@@ -17,8 +17,9 @@ const TEST: &[&str] = &["test", "--package", "kvmprep-model", "--profile", "fuzz
 pub fn lane(scale: u32) -> Lane {
     let mut lane = Lane::new("model");
     let steps = STEPS * u64::from(scale);
-    println!("{steps} steps of each type, after each all invariants");
-    match run(steps) {
+    let seed = bed::seed_of_the_day();
+    println!("{steps} steps of each type, after each all invariants; KVMPREP_MODEL_SEED={seed}");
+    match run(steps, seed) {
         Ok((text, is_well)) => {
             print!("{text}");
             let mut counts = cargo_counts(&text);
@@ -30,12 +31,12 @@ pub fn lane(scale: u32) -> Lane {
     lane
 }
 
-fn run(steps: u64) -> Result<(String, bool)> {
+fn run(steps: u64, seed: u64) -> Result<(String, bool)> {
     let mut cargo = project::cargo();
     // Tests beside each other would print into each other's lines.
     cargo.args(TEST).args(["--", "--show-output"]);
     cargo.env("KVMPREP_MODEL_STEPS", steps.to_string());
-    cargo.env("KVMPREP_MODEL_SEED", bed::seed_of_the_day().to_string());
+    cargo.env("KVMPREP_MODEL_SEED", seed.to_string());
     let output = cargo.output().context("cannot start cargo")?;
     let text =
         String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
