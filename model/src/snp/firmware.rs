@@ -100,7 +100,9 @@ pub struct Firmware {
 
 #[derive(Default)]
 struct Numbers {
-    used: BTreeSet<u32>,
+    /// The last that was new.
+    last: u32,
+    given_back: BTreeSet<u32>,
     available: u32,
 }
 
@@ -127,7 +129,7 @@ enum Stage {
 impl Firmware {
     /// The firmware of a machine that has numbers for so many guests, and finds these bits of a CPUID page good.
     pub fn new(host: Arc<dyn HostMemory>, rmp: Arc<Rmp>, guests: u32, cpuid: u64) -> Arc<Self> {
-        let numbers = Mutex::new(Numbers { used: BTreeSet::new(), available: guests });
+        let numbers = Mutex::new(Numbers { available: guests, ..Numbers::default() });
         Arc::new(Firmware { host, rmp, cpuid, failures: Failures::default(), numbers })
     }
 
@@ -141,17 +143,20 @@ impl Firmware {
         &self.rmp
     }
 
-    /// A number for a new guest, if there is one. (KVM's own doing, but one a machine.)
+    /// A number for a new guest, if there is one: none that was given back, while there are others. (KVM's own doing, but one a
+    /// machine.)
     pub fn new_asid(&self) -> Option<u32> {
         let mut numbers = lock(&self.numbers);
-        let number = (1..=numbers.available).find(|number| !numbers.used.contains(number))?;
-        numbers.used.insert(number);
-        Some(number)
+        if numbers.last == numbers.available {
+            return numbers.given_back.pop_first();
+        }
+        numbers.last += 1;
+        Some(numbers.last)
     }
 
     /// The guest of that number has gone (`sev_asid_free`).
     pub fn give_asid_back(&self, asid: u32) {
-        lock(&self.numbers).used.remove(&asid);
+        lock(&self.numbers).given_back.insert(asid);
     }
 
     /// SNP_GCTX_CREATE.

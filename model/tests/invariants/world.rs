@@ -19,7 +19,6 @@ use kvmprep_model::snp::{self, Firmware, PageType, Rmp, RmpHost};
 use kvmprep_model::tdx::{self, Module};
 use kvmprep_model::units::{Gfn, Hva, Level, PAGE_SIZE, Privacy, Width};
 use kvmprep_model::vm::{Access, AttributesArgument, Machine, Operation, PreFault, Vcpu, Vm};
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 const VERSION: Version = Version(7, 3);
@@ -39,8 +38,6 @@ pub struct World {
     watch: Watch,
     /// In this one's life something was lost of what must be given back.
     has_lost: bool,
-    /// The frames that guests of these numbers have lost: others have the numbers afterwards.
-    lost_frames: BTreeMap<u32, u64>,
     /// The guest has used what it must not, of which it may die.
     is_reckless: bool,
     /// How many VMs died, how many steps did something, and how often each failure happened.
@@ -89,7 +86,6 @@ impl World {
             vcpus: Vec::new(),
             files: Vec::new(),
             has_lost: false,
-            lost_frames: BTreeMap::new(),
             is_reckless: false,
             died: 0,
             effective: 0,
@@ -131,19 +127,14 @@ impl World {
         assert!(gone.upgrade().is_none(), "someone still holds the VM");
         self.note_strikes();
         // A guest that is dead may be so because something of it could not be taken away.
-        let left = asid
-            .zip(self.agents.firmware.as_ref())
-            .map(|(asid, firmware)| (asid, firmware.rmp().frames_of(asid)));
         if self.has_lost || was_dead {
-            self.lost_frames.extend(left);
             return;
         }
         if let (Some(td), Some(module)) = (td, &self.agents.module) {
             assert_eq!((module.frames_of(&td), td.children()), (0, 0), "what is left of a TDX guest");
         }
-        if let Some((asid, left)) = left {
-            let lost = self.lost_frames.get(&asid).copied().unwrap_or(0);
-            assert_eq!(left, lost, "frames that are left of an SNP guest");
+        if let (Some(asid), Some(firmware)) = (asid, &self.agents.firmware) {
+            assert_eq!(firmware.rmp().frames_of(asid), 0, "frames that are left of an SNP guest");
         }
     }
 
