@@ -1,13 +1,14 @@
 //! What the library remembers of one guest: its slots, what is populated, and the work under way.
 //!
 //! The record is here; what happens to it has files of its own: `slots` change, memory is converted (`conversion`),
-//! the initial image is made (`initial_image`), `pre_faults` are counted.
+//! the initial image is made (`initial_image`), `pre_faults` are counted, and what several slots show is found (`shown_twice`).
 //! It never closes a descriptor of the VMM's and holds no lock across a system call that can wait.
 
 mod conversion;
 mod initial_image;
 mod pre_faults;
 mod refill;
+mod shown_twice;
 mod slots;
 
 pub use conversion::{ConvertOptions, ConvertReport};
@@ -111,49 +112,6 @@ pub(crate) fn check_vm(kernel: &dyn Kernel, fd: RawFd) -> Result<()> {
         .hint("pass what KVM_CREATE_VM returned"))
 }
 
-/// What of `places`, where slots have their memory in this process, by address, is memory of another's too.
-fn shown_twice(places: &[Range], mappings: &Mappings<'_>) -> Sys<RangeSet> {
-    let (mut twice, mut end) = (RangeSet::new(), 0);
-    // (inode, part of the file, where that is mapped)
-    let mut in_files: Vec<(u64, Range, u64)> = Vec::new();
-    for place in places {
-        if let Some(again) = Range::between(place.start, place.end.min(end)) {
-            twice.insert(again);
-        }
-        end = end.max(place.end);
-        let mut at = place.start;
-        while let Some(rest) = Range::between(at, place.end) {
-            let Some(mapping) = mappings.at(at)?.filter(|mapping| mapping.start < rest.end) else { break };
-            let part = Range { start: at.max(mapping.start), end: rest.end.min(mapping.end) };
-            if mapping.shared && mapping.inode != 0 {
-                let offset = mapping.offset + (part.start - mapping.start);
-                in_files
-                    .extend(Range::new(offset, part.size()).map(|held| (mapping.inode, held, part.start)));
-            }
-            at = part.end;
-        }
-    }
-    in_files.sort_by_key(|(inode, held, _)| (*inode, held.start));
-    // The one of those before that goes farthest.
-    let mut before: Option<(u64, Range, u64)> = None;
-    for one in in_files {
-        let (inode, held, hva) = one;
-        let same = before.filter(|(other, ..)| *other == inode);
-        if let Some((_, other, other_hva)) = same {
-            if let Some(common) = other.intersect(&held) {
-                for (held, hva) in [(other, other_hva), (held, hva)] {
-                    twice.insert(Range {
-                        start: hva + (common.start - held.start),
-                        end: hva + (common.end - held.start),
-                    });
-                }
-            }
-        }
-        before = same.filter(|(_, other, _)| other.end >= held.end).or(Some(one));
-    }
-    Ok(twice)
-}
-
 impl Vm {
     /// A handle without slots.
     pub fn new(kernel: Arc<dyn Kernel>, config: Config) -> Result<Self> {
@@ -253,7 +211,7 @@ impl Vm {
             }
             (memory.changes, memory.slots.host_places())
         };
-        *known = (changes, Arc::new(shown_twice(&places, mappings)?));
+        *known = (changes, Arc::new(shown_twice::find(&places, mappings)?));
         Ok(Arc::clone(&known.1))
     }
 
